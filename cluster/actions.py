@@ -1,0 +1,127 @@
+"""Everything the control plane can ask for. An action returns nothing: its outcome comes back as an event."""
+
+import msgspec
+
+from cluster.request import Answer, Request, Task
+from cluster.vocabulary import ExecutorSpec, ExecutorState, Outcome
+
+
+class SetTimer(msgspec.Struct, frozen=True, tag=True):
+    """Wake `actor` with `TimerFired(name)` at `at_ns`, or at once where that is past."""
+
+    actor: str
+    name: str
+    at_ns: int
+
+
+class SubmitRequest(msgspec.Struct, frozen=True, tag=True):
+    """The client sends a request to a job executor: `RequestArrived`, and in the end one `RequestEnded`."""
+
+    job_executor: str
+    request: Request
+    answer: Answer
+
+
+class CancelRequest(msgspec.Struct, frozen=True, tag=True):
+    """The client gives a request up: `CancelRequested` at the job executor."""
+
+    job_executor: str
+    request_id: int
+
+
+class DispatchTask(msgspec.Struct, frozen=True, tag=True):
+    """Hand a task to an executor: in the end one of `TaskFinished`, `TaskFailed`, `TaskAborted`, to `job_executor`."""
+
+    job_executor: str
+    executor: str
+    task: Task
+
+
+class AbortTask(msgspec.Struct, frozen=True, tag=True):
+    """Let go of a task at any moment, or of the KV cache that a finished prefill task holds."""
+
+    executor: str
+    task_id: int
+
+
+class EndRequest(msgspec.Struct, frozen=True, tag=True):
+    """The job executor's last word on a request: `RequestEnded` at the client; the frontend may forget it."""
+
+    request_id: int
+    outcome: Outcome
+    generated: int
+    reason: str = ""
+
+
+class ReportDemand(msgspec.Struct, frozen=True, tag=True):
+    """Tell the cluster manager how many requests wait for an executor: `DemandReported`."""
+
+    model: str
+    parked: int
+
+
+class LaunchExecutor(msgspec.Struct, frozen=True, tag=True):
+    """Start an executor: one `StageFinished` per stage, then `ExecutorReady`; or `ExecutorFailed`."""
+
+    executor: str
+    spec: ExecutorSpec
+
+
+class DrainExecutor(msgspec.Struct, frozen=True, tag=True):
+    """Take no more tasks, finish those at hand: `ExecutorDrained`."""
+
+    executor: str
+
+
+class RetireExecutor(msgspec.Struct, frozen=True, tag=True):
+    """Stop an executor and free its NPUs: `ExecutorRetired`. Tasks it still has come back as `TaskFailed`.
+
+    Of one that has died meanwhile nothing more is heard than its `ExecutorFailed`.
+    """
+
+    executor: str
+
+
+class AnnounceExecutor(msgspec.Struct, frozen=True, tag=True):
+    """Push a change of the executor list to a job executor: `ExecutorAnnounced`."""
+
+    job_executor: str
+    executor: str
+    spec: ExecutorSpec
+    state: ExecutorState
+    kv_blocks: int
+    max_sequences: int
+
+
+class DeclareNoCapacity(msgspec.Struct, frozen=True, tag=True):
+    """Tell a job executor that no executor of this model will come: `NoCapacity`."""
+
+    job_executor: str
+    model: str
+    reason: str
+
+
+class OpenDoors(msgspec.Struct, frozen=True, tag=True):
+    """Tell the client that the executors a run starts with are ready: `FleetReady`."""
+
+
+class EndRun(msgspec.Struct, frozen=True, tag=True):
+    """Nothing is left to do: `Cluster.next_event` returns None from here on."""
+
+
+Action = (
+    SetTimer
+    | SubmitRequest
+    | CancelRequest
+    | DispatchTask
+    | AbortTask
+    | EndRequest
+    | ReportDemand
+    | LaunchExecutor
+    | DrainExecutor
+    | RetireExecutor
+    | AnnounceExecutor
+    | DeclareNoCapacity
+    | OpenDoors
+    | EndRun
+)

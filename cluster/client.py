@@ -1,0 +1,157 @@
+"""The client: sends the requests of a workload when they are due, and knows when nothing is left to do.
+
+Sans I/O like every actor, so open and closed loop arrivals are the same code on both backends. How late a real run
+was with a request is the difference of `RequestArrived.occurred` and the time in the workload (see metrics).
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from cluster import events as ev
+from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitRequest
+from cluster.request import Arrival, Trigger
+
+_NEXT = "next"
+
+
+class Client:
+    """Reads a workload in order, one timed arrival ahead; arrivals with a trigger wait for their cue.
+
+    Times in the workload count from the start: with `wait_for_fleet` that is when the first executors are ready, so
+    that a run measures serving and not the start of its first executors. `closed_loop`: the workload has triggers
+    that name requests, so the ends of all requests are remembered.
+    """
+
+    name = "client"
+
+    def __init__(
+        self,
+        workload: Iterable[Arrival],
+        job_executors: tuple[str, ...],
+        rng: np.random.Generator,
+        closed_loop: bool = False,
+        wait_for_fleet: bool = True,
+    ) -> None:
+        self._workload: Iterator[Arrival] = iter(workload)
+        self._job_executors = job_executors
+        self._rng = rng
+        self._closed_loop = closed_loop
+        self._wait_for_fleet = wait_for_fleet
+        self._start_ns = 0
+        self._next: Arrival | None = None
+        self._exhausted = False
+        self._last_id = -(1 << 63)
+        self._delayed: dict[str, Arrival] = {}
+        self._cued: dict[tuple[str, int], list[Arrival]] = {}
+        self._counted: dict[tuple[str, int], list[Arrival]] = {}
+        self._times = {"first_token": array("q"), "ended": array("q")}
+        self._past: dict[tuple[str, int], int] = {}
+        self._open: dict[int, str] = {}
+        self.due: dict[int, int] = {}
+        """When each open request was to arrive, in ns; read by the recorder."""
+
+    def on_event(self, event: ev.Event) -> list[Action]:
+        """The actions this event calls for."""
+        match event:
+            case ev.RunStarted():
+                return [] if self._wait_for_fleet else self._read_on()
+            case ev.FleetReady():
+                self._start_ns = event.time
+                return self._read_on() if self._wait_for_fleet else []
+            case ev.TimerFired():
+                return self._timer(event)
+            case ev.FirstToken():
+                return self._cue("first_token", event.request_id, event.time)
+            case ev.RequestEnded():
+                del self._open[event.request_id]
+                del self.due[event.request_id]
+                return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
+            case _:
+                return []
+
+    def _timer(self, event: ev.TimerFired) -> list[Action]:
+        if event.name == _NEXT:
+            arrival, self._next = self._next, None
+            assert arrival is not None
+            return [*self._submit(arrival, self._start_ns + arrival.at_ns), *self._read_on()]
+        kind, _, request_id = event.name.partition(":")
+        if kind == "cancel":
+            target = self._open.get(int(request_id))
+            return [] if target is None else [CancelRequest(target, int(request_id))]
+        arrival = self._delayed.pop(event.name)
+        return self._submit(arrival, event.time)
+
+    def _submit(self, arrival: Arrival, due: int) -> list[Action]:
+        request = arrival.request
+        among = self._job_executors
+        chosen = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
+        self._open[request.request_id] = chosen
+        self.due[request.request_id] = due
+        actions: list[Action] = [SubmitRequest(chosen, request, arrival.answer)]
+        if arrival.cancel_after_ns is not None:
+            actions.append(SetTimer(self.name, f"cancel:{request.request_id}", due + arrival.cancel_after_ns))
+        return actions
+
+    def _read_on(self) -> list[Action]:
+        """Read up to and with the next timed arrival; arrivals with a trigger start to wait."""
+        actions: list[Action] = []
+        for arrival in self._workload:
+            if arrival.request.request_id <= self._last_id:
+                raise ValueError(
+                    f"request id {arrival.request.request_id} comes after {self._last_id} in the workload: "
+                    "ids must rise from request to request"
+                )
+            self._last_id = arrival.request.request_id
+            if arrival.after is None:
+                self._next = arrival
+                return [*actions, SetTimer(self.name, _NEXT, self._start_ns + arrival.at_ns)]
+            actions += self._await(arrival, arrival.after)
+        self._exhausted = True
+        return [*actions, *self._end_if_done()]
+
+    def _await(self, arrival: Arrival, trigger: Trigger) -> list[Action]:
+        if trigger.request_id is not None:
+            past = self._past.get((trigger.event, trigger.request_id))
+            if past is not None:
+                return [self._delay(arrival, past + trigger.delay_ns)]
+            self._cued.setdefault((trigger.event, trigger.request_id), []).append(arrival)
+            return []
+        assert trigger.count is not None
+        times = self._times[trigger.event]
+        if len(times) >= trigger.count:
+            past = times[trigger.count - 1] if trigger.count else self._start_ns
+            return [self._delay(arrival, past + trigger.delay_ns)]
+        self._counted.setdefault((trigger.event, trigger.count), []).append(arrival)
+        return []
+
+    def _cue(self, kind: str, request_id: int, now: int) -> list[Action]:
+        self._times[kind].append(now)
+        if self._closed_loop:
+            self._past[kind, request_id] = now
+        due = self._cued.pop((kind, request_id), []) + self._counted.pop((kind, len(self._times[kind])), [])
+        actions: list[Action] = []
+        for arrival in due:
+            assert arrival.after is not None
+            if arrival.after.delay_ns:
+                actions.append(self._delay(arrival, now + arrival.after.delay_ns))
+            else:
+                actions += self._submit(arrival, now)
+        return actions
+
+    def _delay(self, arrival: Arrival, at: int) -> SetTimer:
+        name = f"delayed:{arrival.request.request_id}"
+        self._delayed[name] = arrival
+        return SetTimer(self.name, name, at)
+
+    def _end_if_done(self) -> list[Action]:
+        """Over when every request ended and none can come: what still waits for a cue then will never get it."""
+        if self._exhausted and not self._open and not self._delayed and self._next is None:
+            return [EndRun()]
+        return []
+
+    @property
+    def never_sent(self) -> int:
+        """Arrivals whose trigger did not happen."""
+        return sum(map(len, self._cued.values())) + sum(map(len, self._counted.values()))

@@ -1,0 +1,84 @@
+"""The control plane of one run: the actors, who hears what, and the log that lets a run be replayed bit for bit."""
+
+from collections.abc import Sequence
+from typing import IO, Protocol
+
+import msgspec
+
+from cluster.actions import Action
+from cluster.client import Client
+from cluster.events import Event, FirstToken
+from cluster.job_executor import JobExecutor
+from cluster.manager import ClusterManager
+from cluster.metrics import Recorder
+from cluster.seam import Cluster
+
+LOG_SCHEMA = "deepflow-decisions/1"
+
+
+class Actor(Protocol):
+    """Anything that events are addressed to."""
+
+    @property
+    def name(self) -> str: ...
+
+    def on_event(self, event: Event) -> list[Action]:
+        """What to do about an event. No I/O, no clock."""
+        ...
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """One line of `decisions.jsonl`: what the control plane did about an event."""
+
+    sequence: int
+    event: Event
+    actions: list[Action]
+
+
+class LogHeader(msgspec.Struct, frozen=True):
+    """First line of `decisions.jsonl`."""
+
+    schema: str = LOG_SCHEMA
+
+
+class ControlPlane:
+    """Client, job executors and cluster manager; the same objects whichever cluster they drive."""
+
+    def __init__(
+        self,
+        client: Client,
+        job_executors: Sequence[JobExecutor],
+        manager: ClusterManager,
+        recorder: Recorder,
+    ) -> None:
+        self.client = client
+        self.job_executors = tuple(job_executors)
+        self.manager = manager
+        self.recorder = recorder
+        actors: list[Actor] = [client, *job_executors, manager]
+        self._actors = {actor.name: actor for actor in actors}
+        self._log: IO[bytes] | None = None
+        self._encode = msgspec.json.Encoder().encode
+        self._sequence = 0
+
+    def log_to(self, log: IO[bytes]) -> None:
+        """Write every decision from here on as a line of JSON, behind a header line with the schema."""
+        self._log = log
+        log.write(self._encode(LogHeader()) + b"\n")
+
+    def on_event(self, event: Event) -> list[Action]:
+        """Let the addressed actor decide. A first token is heard by the client too: it sees its answer begin."""
+        actions = self._actors[event.to].on_event(event)
+        if type(event) is FirstToken:
+            actions = [*actions, *self.client.on_event(event)]
+        self.recorder.record(event, actions, self.client)
+        if self._log is not None:
+            self._log.write(self._encode(Decision(self._sequence, event, actions)) + b"\n")
+            self._sequence += 1
+        return actions
+
+    def drive(self, cluster: Cluster) -> None:
+        """Run until the cluster has no more events."""
+        while (event := cluster.next_event()) is not None:
+            for action in self.on_event(event):
+                cluster.submit(action)

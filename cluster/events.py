@@ -1,0 +1,205 @@
+"""Everything the control plane hears. An event is addressed to one actor, and says when it occurred and was delivered.
+
+Times are integer nanoseconds from the start of the run. Actors read the time from `event.time` and from nowhere else.
+"""
+
+import msgspec
+
+from cluster.request import Request
+from cluster.vocabulary import ExecutorSpec, ExecutorState, FailureReason, Outcome, Stage
+
+
+class EventBase(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """`time`: when the actor hears of it; `occurred`: when it happened (never later than `time`)."""
+
+    to: str
+    time: int
+    occurred: int
+
+
+class RunStarted(EventBase, frozen=True, tag=True, kw_only=True):
+    """The first event of every actor."""
+
+
+class FleetReady(EventBase, frozen=True, tag=True, kw_only=True):
+    """The executors a run starts with are ready (or will not be): a client that waits for them may begin."""
+
+
+class TimerFired(EventBase, frozen=True, tag=True, kw_only=True):
+    """A `SetTimer` of this actor is due."""
+
+    name: str
+
+
+class RequestArrived(EventBase, frozen=True, tag=True, kw_only=True):
+    """The frontend accepted a request for this job executor."""
+
+    request: Request
+
+
+class CancelRequested(EventBase, frozen=True, tag=True, kw_only=True):
+    """The client no longer wants the answer."""
+
+    request_id: int
+
+
+class FirstToken(EventBase, frozen=True, tag=True, kw_only=True):
+    """A request's first token reached its frontend. Heard by the job executor and the client."""
+
+    request_id: int
+    task_id: int
+    executor: str
+
+
+class TaskProgress(EventBase, frozen=True, tag=True, kw_only=True):
+    """Tokens so far of the tasks that decode on one executor, sent with its load reports: (task id, tokens) pairs."""
+
+    executor: str
+    generated: tuple[tuple[int, int], ...]
+
+
+class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
+    """A task is done. `stopped`: the request is complete; a prefill task that is not stopped holds its KV cache.
+
+    `tokens`: how many this task produced; `last_token_ns`: when the last of them was; `token_gaps_ns`: the
+    `tokens - 1` times between them.
+    """
+
+    request_id: int
+    task_id: int
+    executor: str
+    generated: int
+    stopped: bool
+    tokens: int
+    last_token_ns: int
+    token_gaps_ns: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+class TaskFailed(EventBase, frozen=True, tag=True, kw_only=True):
+    """A task was refused or lost. `generated`: tokens of the request that its frontend holds, from any attempt."""
+
+    request_id: int
+    task_id: int
+    executor: str
+    reason: FailureReason
+    generated: int
+    detail: str = ""
+
+
+class TaskAborted(EventBase, frozen=True, tag=True, kw_only=True):
+    """The answer to `AbortTask`: the executor has let go of the task and its blocks."""
+
+    request_id: int
+    task_id: int
+    executor: str
+    generated: int
+
+
+class RequestEnded(EventBase, frozen=True, tag=True, kw_only=True):
+    """What the client hears: exactly one for every request it submitted."""
+
+    request_id: int
+    outcome: Outcome
+    generated: int
+    reason: str = ""
+
+
+class StageFinished(EventBase, frozen=True, tag=True, kw_only=True):
+    """A launching executor got through one stage."""
+
+    executor: str
+    stage: Stage
+    took_ns: int
+
+
+class ExecutorReady(EventBase, frozen=True, tag=True, kw_only=True):
+    """An executor can run tasks. Its KV cache: `kv_blocks` of `block_tokens` tokens; its batch: `max_sequences`."""
+
+    executor: str
+    spec: ExecutorSpec
+    kv_blocks: int
+    block_tokens: int
+    max_sequences: int
+
+
+class ExecutorAnnounced(EventBase, frozen=True, tag=True, kw_only=True):
+    """The cluster manager tells a job executor of a change in the list of executors."""
+
+    executor: str
+    spec: ExecutorSpec
+    state: ExecutorState
+    kv_blocks: int
+    max_sequences: int
+
+
+class NoCapacity(EventBase, frozen=True, tag=True, kw_only=True):
+    """The cluster manager has given up launching executors for a model: requests that wait for one must fail."""
+
+    model: str
+    reason: str
+
+
+class LoadReport(EventBase, frozen=True, tag=True, kw_only=True):
+    """An executor's own account of its load. It is as old as `time - occurred`."""
+
+    executor: str
+    waiting: int
+    running: int
+    waiting_tokens: int
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    generated_tokens: int
+    preemptions: int
+
+
+class DemandReported(EventBase, frozen=True, tag=True, kw_only=True):
+    """A job executor tells the cluster manager how many requests wait for any executor of a model and entry role."""
+
+    model: str
+    parked: int
+
+
+class ExecutorDrained(EventBase, frozen=True, tag=True, kw_only=True):
+    """A draining executor has no task and holds no KV cache for anyone."""
+
+    executor: str
+
+
+class ExecutorRetired(EventBase, frozen=True, tag=True, kw_only=True):
+    """An executor has stopped and its NPUs are free."""
+
+    executor: str
+
+
+class ExecutorFailed(EventBase, frozen=True, tag=True, kw_only=True):
+    """An executor died or could not start. Its tasks are reported one by one as `TaskFailed` before this event."""
+
+    executor: str
+    reason: str
+
+
+Event = (
+    RunStarted
+    | FleetReady
+    | TimerFired
+    | RequestArrived
+    | CancelRequested
+    | FirstToken
+    | TaskProgress
+    | TaskFinished
+    | TaskFailed
+    | TaskAborted
+    | RequestEnded
+    | StageFinished
+    | ExecutorReady
+    | ExecutorAnnounced
+    | NoCapacity
+    | LoadReport
+    | DemandReported
+    | ExecutorDrained
+    | ExecutorRetired
+    | ExecutorFailed
+)

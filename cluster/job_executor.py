@@ -1,0 +1,267 @@
+"""JE, the job executor: turns requests into jobs and tasks, places tasks, and sees every request to its end.
+
+Sans I/O: `on_event(event) → actions`. Chat on a colocated executor is one job of one task; on a prefill executor it is
+one job of two, the second placed when the first is done. A task that fails is tried again elsewhere, from the token
+the frontend holds.
+"""
+
+from cluster import events as ev
+from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReportDemand
+from cluster.fleet import Fleet
+from cluster.policy import DispatchPolicy
+from cluster.request import KvSource, Request, Task
+from cluster.vocabulary import SERVES, ExecutorState, FailureReason, Outcome, TaskKind
+
+_TASK_BITS = 40
+
+
+class Job:
+    """One serving job under way. `task` is None while it waits for an executor."""
+
+    __slots__ = ("attempts", "cancelled", "executor", "generated", "held", "kind", "queued_tokens", "request", "task")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.kind = TaskKind.SERVE
+        self.task: Task | None = None
+        self.executor = ""
+        self.held: KvSource | None = None
+        self.generated = 0
+        self.attempts = 0
+        self.queued_tokens = 0
+        self.cancelled = False
+
+
+class JobExecutor:
+    """One job executor. Each runs the dispatch policy on its own (DeepServe section 5).
+
+    `max_attempts`: tasks per request lost to failures before it is reported failed. `max_parked`: requests that may
+    wait for an executor to appear; more are refused.
+    """
+
+    def __init__(
+        self, name: str, number: int, policy: DispatchPolicy, max_attempts: int = 4, max_parked: int = 1_000_000
+    ) -> None:
+        if max_attempts < 1:
+            raise ValueError(f"max_attempts is {max_attempts}: allowed are 1 (no retry) and more")
+        if max_parked < 0:
+            raise ValueError(f"max_parked is {max_parked}: allowed are 0 (never wait) and more")
+        self.name = name
+        self.policy = policy
+        self.fleet = Fleet()
+        self._max_attempts = max_attempts
+        self._max_parked = max_parked
+        self._next_task = number << _TASK_BITS
+        self._jobs: dict[int, Job] = {}
+        self._tasks: dict[int, Job] = {}
+        self._parked: dict[int, Job] = {}
+        self._demand: dict[str, int] = {}
+        self._no_capacity: dict[str, str] = {}
+
+    def on_event(self, event: ev.Event) -> list[Action]:
+        """The actions this event calls for."""
+        match event:
+            case ev.RequestArrived():
+                return self._arrived(event)
+            case ev.FirstToken():
+                self._first_token(event)
+                return []
+            case ev.TaskProgress():
+                self._progress(event)
+                return []
+            case ev.TaskFinished():
+                return self._finished(event)
+            case ev.TaskFailed():
+                return self._failed(event)
+            case ev.TaskAborted():
+                return self._aborted(event)
+            case ev.CancelRequested():
+                return self._cancel(event)
+            case ev.LoadReport():
+                self.fleet.reported(event)
+                return []
+            case ev.ExecutorAnnounced():
+                return self._announced(event)
+            case ev.NoCapacity():
+                return self._give_up(event)
+            case _:
+                return []
+
+    @property
+    def open_jobs(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._jobs)
+
+    # -- the life of a job ----------------------------------------------------------------------------------------
+
+    def _arrived(self, event: ev.RequestArrived) -> list[Action]:
+        job = Job(event.request)
+        self._jobs[event.request.request_id] = job
+        return self._place(job, event.time)
+
+    def _place(self, job: Job, now: int) -> list[Action]:
+        """Hand the job's next task to an executor, or park it, or refuse it where too many are parked."""
+        draft = Task(self._next_task, job.request, job.kind, job.generated, job.held)
+        executor = self.policy.place(draft, self.fleet, now)
+        if executor is None:
+            return self._park(job)
+        role = self.fleet.role_of(executor)
+        if role is None:
+            raise ValueError(
+                f"{type(self.policy).__name__}.place chose executor {executor!r}, which is not ready; "
+                "it must choose from fleet.candidates(task)"
+            )
+        job.kind = SERVES[role]
+        task = Task(self._next_task, job.request, job.kind, job.generated, job.held)
+        self._next_task += 1
+        job.task, job.executor = task, executor
+        self._tasks[task.task_id] = job
+        job.queued_tokens = 0 if job.kind is TaskKind.DECODE else task.context_tokens
+        self.fleet.count(executor, 1, job.queued_tokens)
+        self.policy.dispatched(task, executor)
+        return [DispatchTask(self.name, executor, task)]
+
+    def _first_token(self, event: ev.FirstToken) -> None:
+        job = self._current(event)
+        if job is not None:
+            self._unqueue(job)
+            job.generated = max(job.generated, 1)
+            self.policy.first_token(job.request, event)
+
+    def _progress(self, event: ev.TaskProgress) -> None:
+        for task_id, generated in event.generated:
+            job = self._tasks.get(task_id)
+            if job is not None:
+                job.generated = max(job.generated, generated)
+
+    def _finished(self, event: ev.TaskFinished) -> list[Action]:
+        job = self._current(event)
+        if job is None:
+            return []
+        self._task_over(job)
+        self.policy.finished(job.request, event)
+        source, job.held = job.held, None
+        job.generated = event.generated
+        if event.stopped:
+            return self._end(job, Outcome.FINISHED)
+        assert source is None
+        held = KvSource(event.executor, event.task_id)
+        if job.cancelled:
+            return [AbortTask(held.executor, held.task_id), *self._end(job, Outcome.CANCELLED)]
+        job.held, job.kind = held, TaskKind.DECODE
+        return self._place(job, event.time)
+
+    def _failed(self, event: ev.TaskFailed) -> list[Action]:
+        job = self._current(event)
+        if job is None:
+            return []
+        self._task_over(job)
+        job.generated = event.generated
+        if event.reason in (FailureReason.EXECUTOR_LOST, FailureReason.NOT_SERVING):
+            self._lose_executor(event.executor)  # the cluster manager's word may still be on its way
+        if job.cancelled:
+            return [*self._release(job), *self._end(job, Outcome.CANCELLED)]
+        if not event.reason.retriable:
+            return [*self._release(job), *self._end(job, Outcome.FAILED, event.detail or str(event.reason))]
+        if event.reason is not FailureReason.NOT_SERVING:  # a refusal on the way out costs the request nothing
+            job.attempts += 1
+        if job.attempts >= self._max_attempts:
+            reason = f"gave up after {job.attempts} attempts, the last: {event.reason}"
+            return [*self._release(job), *self._end(job, Outcome.FAILED, reason)]
+        # The KV cache of a finished prefill outlives a refused decode; after any other loss, prefill again.
+        keep = event.reason is FailureReason.NOT_SERVING and job.held is not None
+        actions = [] if keep else self._release(job)
+        job.kind = TaskKind.DECODE if keep else TaskKind.SERVE
+        return [*actions, *self._place(job, event.time)]
+
+    def _aborted(self, event: ev.TaskAborted) -> list[Action]:
+        job = self._current(event)
+        if job is None:
+            return []
+        self._task_over(job)
+        job.generated = event.generated
+        return [*self._release(job), *self._end(job, Outcome.CANCELLED)]
+
+    def _cancel(self, event: ev.CancelRequested) -> list[Action]:
+        job = self._jobs.get(event.request_id)
+        if job is None or job.cancelled:
+            return []
+        job.cancelled = True
+        if job.task is None:
+            del self._parked[event.request_id]
+            return [*self._release(job), *self._end(job, Outcome.CANCELLED), self._demand_changed(job, -1)]
+        return [AbortTask(job.executor, job.task.task_id)]
+
+    def _end(self, job: Job, outcome: Outcome, reason: str = "") -> list[Action]:
+        del self._jobs[job.request.request_id]
+        return [EndRequest(job.request.request_id, outcome, job.generated, reason)]
+
+    def _release(self, job: Job) -> list[Action]:
+        """Let go of the KV cache a finished prefill holds for this job."""
+        held, job.held = job.held, None
+        return [] if held is None else [AbortTask(held.executor, held.task_id)]
+
+    # -- waiting for executors ------------------------------------------------------------------------------------
+
+    def _park(self, job: Job) -> list[Action]:
+        job.task, job.executor = None, ""
+        model = job.request.model
+        if model in self._no_capacity:
+            return [*self._release(job), *self._end(job, Outcome.FAILED, self._no_capacity[model])]
+        if len(self._parked) >= self._max_parked:
+            reason = f"no executor is ready and {len(self._parked)} requests wait already (max_parked)"
+            return [*self._release(job), *self._end(job, Outcome.REFUSED, reason)]
+        self._parked[job.request.request_id] = job
+        return [self._demand_changed(job, +1)]
+
+    def _announced(self, event: ev.ExecutorAnnounced) -> list[Action]:
+        if event.state is not ExecutorState.READY:
+            self._lose_executor(event.executor)
+            return []
+        self.fleet.announced(event)
+        model = event.spec.model
+        self._no_capacity.pop(model, None)
+        waiting = [job for job in self._parked.values() if job.request.model == model]
+        actions: list[Action] = []
+        for job in waiting:
+            del self._parked[job.request.request_id]
+            self._demand[model] -= 1
+            actions += self._place(job, event.time)
+        # One report of what still waits, not one for each job that was parked again.
+        actions = [action for action in actions if not isinstance(action, ReportDemand)]
+        return [*actions, ReportDemand(model, self._demand[model])] if waiting else actions
+
+    def _give_up(self, event: ev.NoCapacity) -> list[Action]:
+        self._no_capacity[event.model] = event.reason
+        actions: list[Action] = []
+        for job in [job for job in self._parked.values() if job.request.model == event.model]:
+            del self._parked[job.request.request_id]
+            actions += [*self._release(job), *self._end(job, Outcome.FAILED, event.reason)]
+            self._demand[event.model] -= 1
+        return [*actions, ReportDemand(event.model, self._demand[event.model])] if actions else []
+
+    def _demand_changed(self, job: Job, change: int) -> ReportDemand:
+        model = job.request.model
+        self._demand[model] = self._demand.get(model, 0) + change
+        return ReportDemand(model, self._demand[model])
+
+    def _lose_executor(self, executor: str) -> None:
+        if self.fleet.remove(executor):
+            self.policy.executor_gone(executor)
+
+    # -- bookkeeping ----------------------------------------------------------------------------------------------
+
+    def _current(self, event: ev.FirstToken | ev.TaskFinished | ev.TaskFailed | ev.TaskAborted) -> Job | None:
+        """The job this event is about, unless it speaks of a task that is no longer the job's."""
+        return self._tasks.get(event.task_id)
+
+    def _task_over(self, job: Job) -> None:
+        self._unqueue(job)
+        self.fleet.count(job.executor, -1, 0)
+        assert job.task is not None
+        del self._tasks[job.task.task_id]
+        job.task, job.executor = None, ""
+
+    def _unqueue(self, job: Job) -> None:
+        self.fleet.count(job.executor, 0, -job.queued_tokens)
+        job.queued_tokens = 0

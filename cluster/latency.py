@@ -1,0 +1,26 @@
+"""The latency interface: what a step consists of, and what a model of its duration must answer."""
+
+from typing import NamedTuple, Protocol
+
+
+class StepShape(NamedTuple):
+    """What one engine step computes; everything a latency model may look at.
+
+    `prefill_tokens`: prompt tokens in the step. `prefill_attention`: sum over chunks of tokens x keys each attends
+    to (causal, so start·n + n(n+1)/2). `prefill_chunks`: how many chunks. `decode_sequences`: sequences that decode
+    one token. `decode_context`: sum of their context lengths, in tokens.
+    """
+
+    prefill_tokens: int
+    prefill_attention: int
+    prefill_chunks: int
+    decode_sequences: int
+    decode_context: int
+
+
+class LatencyModel(Protocol):
+    """How long steps take on one executor."""
+
+    def step_ns(self, shape: StepShape) -> int:
+        """Duration of one step, from scheduling it to having its tokens, in integer nanoseconds (at least 1)."""
+        ...

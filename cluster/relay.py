@@ -1,0 +1,53 @@
+"""Actions that are only messages between actors: the event each becomes, the same on every backend."""
+
+from cluster import events as ev
+from cluster.actions import (
+    Action,
+    AnnounceExecutor,
+    CancelRequest,
+    DeclareNoCapacity,
+    EndRequest,
+    OpenDoors,
+    ReportDemand,
+    SubmitRequest,
+)
+
+
+def relayed(action: Action, now: int) -> ev.Event | None:
+    """What the addressed actor hears of an action taken at `now`; None where executors or timers have to act."""
+    match action:
+        case SubmitRequest():
+            return ev.RequestArrived(to=action.job_executor, time=now, occurred=now, request=action.request)
+        case CancelRequest():
+            return ev.CancelRequested(to=action.job_executor, time=now, occurred=now, request_id=action.request_id)
+        case EndRequest():
+            return ev.RequestEnded(
+                to="client",
+                time=now,
+                occurred=now,
+                request_id=action.request_id,
+                outcome=action.outcome,
+                generated=action.generated,
+                reason=action.reason,
+            )
+        case ReportDemand():
+            return ev.DemandReported(to="cm", time=now, occurred=now, model=action.model, parked=action.parked)
+        case AnnounceExecutor():
+            return ev.ExecutorAnnounced(
+                to=action.job_executor,
+                time=now,
+                occurred=now,
+                executor=action.executor,
+                spec=action.spec,
+                state=action.state,
+                kv_blocks=action.kv_blocks,
+                max_sequences=action.max_sequences,
+            )
+        case DeclareNoCapacity():
+            return ev.NoCapacity(
+                to=action.job_executor, time=now, occurred=now, model=action.model, reason=action.reason
+            )
+        case OpenDoors():
+            return ev.FleetReady(to="client", time=now, occurred=now)
+        case _:
+            return None

@@ -1,0 +1,89 @@
+"""Request → Job → Task, and what a workload says about a request that no scheduler may know.
+
+A request is an outside trigger, a job is the unit of work it becomes, a task is the operation that one executor
+runs (DeepServe section 3). Chat on a colocated executor: one job, one task; disaggregated: one job, two tasks.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from cluster import identity
+from cluster.vocabulary import TaskKind
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a client sends, and all that schedulers and policies may see of it.
+
+    `block_ids` name the full 16-token blocks of the prompt; None means content shared with nobody.
+    `max_tokens` is the client's limit; the true output length is in `Answer`.
+    """
+
+    request_id: int
+    prompt_tokens: int
+    max_tokens: int
+    model: str
+    block_ids: tuple[int, ...] | None = None
+    tenant: str = ""
+
+    @property
+    def prompt_ids(self) -> identity.BlockIds:
+        """Identities of the prompt's full blocks; at least that many, in order."""
+        return identity.unique(self.request_id) if self.block_ids is None else self.block_ids
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the sampler will do: known to the sampler's side of a backend alone (an oracle must say that it is one).
+
+    `block_ids` name the full blocks of prompt and output together, where a later turn of the session presents them.
+    """
+
+    output_tokens: int
+    block_ids: tuple[int, ...] | None = None
+
+
+class Trigger(msgspec.Struct, frozen=True):
+    """A closed-loop arrival: `delay_ns` after request `request_id`, or after the `count`-th request, got there."""
+
+    event: Literal["first_token", "ended"]
+    request_id: int | None = None
+    count: int | None = None
+    delay_ns: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.request_id is None) == (self.count is None):
+            raise ValueError(f"{self}: a trigger names a request_id or a count, one of the two")
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """One row of a workload: a request that comes at a time (from the start of the run) or after a trigger."""
+
+    request: Request
+    answer: Answer
+    at_ns: int = 0
+    after: Trigger | None = None
+    cancel_after_ns: int | None = None
+
+
+class KvSource(msgspec.Struct, frozen=True):
+    """Where the prefilled KV cache of a request lies: held for that task until it is fetched or released."""
+
+    executor: str
+    task_id: int
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One operation on one executor. `generated` tokens are with the frontend already, it goes on behind them.
+
+    A retry is a new task: prompt and generated tokens are prefilled again, so nothing is repeated or skipped.
+    """
+
+    task_id: int
+    request: Request
+    kind: TaskKind
+    generated: int = 0
+    kv: KvSource | None = None
+
+    @property
+    def context_tokens(self) -> int:
+        return self.request.prompt_tokens + self.generated
