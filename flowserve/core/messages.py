@@ -1,0 +1,62 @@
+"""What reaches a task executor, from job executors (through the backend) and from other executors."""
+
+import msgspec
+
+from cluster.request import Task
+
+
+class Dispatch(msgspec.Struct, frozen=True, tag=True):
+    """Run this task and report to `job_executor`."""
+
+    job_executor: str
+    task: Task
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Let go of a task, or of the KV cache that it holds."""
+
+    task_id: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Take no more tasks; say when the last is gone."""
+
+
+class KvRequested(msgspec.Struct, frozen=True, tag=True):
+    """Executor `by` wants the KV cache held for `task_id`, for its own task `for_task`."""
+
+    task_id: int
+    for_task: int
+    by: str
+
+
+class KvOffered(msgspec.Struct, frozen=True, tag=True):
+    """The answer: the blocks, leased until `KvReleased`; None where the KV cache is not held (any more)."""
+
+    task_id: int
+    for_task: int
+    source: str
+    blocks: list[int] | None
+
+
+class KvReleased(msgspec.Struct, frozen=True, tag=True):
+    """Executor `by` has what it wanted, or has given up: the lease ends, the blocks are free."""
+
+    task_id: int
+    by: str
+
+
+class KvFetched(msgspec.Struct, frozen=True, tag=True):
+    """The data plane of this executor moved, or failed to move, the KV cache for `task_id`."""
+
+    task_id: int
+    success: bool
+
+
+class PeerLost(msgspec.Struct, frozen=True, tag=True):
+    """An executor died: its leases end, and what was to come from it will not."""
+
+    executor: str
+
+
+Message = Dispatch | Abort | Drain | KvRequested | KvOffered | KvReleased | KvFetched | PeerLost

@@ -1,0 +1,491 @@
+"""The engine core: continuous batching under one token budget, on paged KV cache blocks.
+
+`schedule()` decides a step, `complete()` applies its outcome, and nothing else moves a sequence forward. Several plans
+may be in flight: a stop is learned when the plan that sampled it completes, so a later plan may hold the sequence once
+more; that token is dropped and the blocks are freed when the last plan that uses them is complete.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Collection, Iterator
+
+import msgspec
+
+from cluster.identity import BlockIds
+from cluster.latency import StepShape
+from cluster.request import Task
+from cluster.vocabulary import BLOCK_TOKENS, FailureReason
+from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult
+from flowserve.core.rtc import Rtc
+from flowserve.core.sequence import DecodeClock, Sequence, Status
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """Limits of one engine.
+
+    `token_budget`: tokens per step, decode and prefill together; at least `max_sequences`, so that every decoding
+    sequence is in every step. `watermark`: share of blocks kept free when another sequence is admitted beside running
+    ones. `max_in_flight`: plans issued ahead of the oldest incomplete one, it included (1: synchronous).
+    """
+
+    kv_blocks: int
+    block_tokens: int = 16
+    token_budget: int = 512
+    max_sequences: int = 256
+    max_in_flight: int = 1
+    watermark: float = 0.01
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kv_blocks < 1:
+            raise ValueError(f"kv_blocks is {self.kv_blocks}: an engine needs at least one KV cache block")
+        if self.block_tokens < BLOCK_TOKENS or self.block_tokens % BLOCK_TOKENS:
+            raise ValueError(f"block_tokens is {self.block_tokens}: allowed are multiples of {BLOCK_TOKENS}")
+        if self.max_sequences < 1 or self.token_budget < self.max_sequences:
+            raise ValueError(
+                f"token_budget {self.token_budget} is below max_sequences {self.max_sequences}: every decoding sequence"
+                " takes one token of each step, so raise token_budget or lower max_sequences"
+            )
+        if self.max_in_flight < 1:
+            raise ValueError(f"max_in_flight is {self.max_in_flight}: allowed are 1 (synchronous) and more")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark is {self.watermark}: allowed is a share from 0 up to 1")
+
+
+class EngineCore:
+    """Queues, batch and KV cache of one engine. Plain host logic: no clock, no threads, no tensors."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.rtc = Rtc(config.kv_blocks)
+        self.clock = DecodeClock()
+        self.in_flight: deque[Plan] = deque()
+        self.held: dict[int, Sequence] = {}
+        self.failed: list[tuple[Sequence, FailureReason]] = []
+        self.fetches: list[Fetch] = []
+        self.preemptions = 0
+        self.waiting_tokens = 0
+        self._sequences: dict[int, Sequence] = {}
+        self._ids: dict[int, BlockIds] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._num_waiting = 0
+        self._running: dict[int, Sequence] = {}
+        self._prefilling: dict[int, Sequence] = {}
+        self._decoding: dict[int, Sequence] = {}
+        self._decodes: tuple[Sequence, ...] | None = ()
+        self._decode_context = 0
+        # A sequence needs its next block at every clock that is congruent to its phase modulo the block size.
+        self._phases: list[dict[int, Sequence]] = [{} for _ in range(config.block_tokens)]
+        self._limits: list[tuple[int, int, Sequence]] = []
+        self._ending: dict[int, tuple[int, Sequence, int]] = {}
+        # The head of the queue that found no room, and the state of the cache then: asked again when that changes.
+        self._blocked: tuple[int, int, bool] | None = None
+        self._plans = 0
+        self._arrivals = 0
+        self._watermark = int(config.watermark * config.kv_blocks)
+
+    # -- what goes in ---------------------------------------------------------------------------------------------
+
+    def add(self, task: Task, ids: BlockIds) -> FailureReason | None:
+        """Queue a task whose context has the block identities `ids`. Returns why it cannot ever run, else None."""
+        if self._blocks_for(task.context_tokens + 1) > self.rtc.total_blocks:
+            return FailureReason.TOO_LONG
+        sequence = Sequence(task, self._arrivals, self.clock)
+        self._arrivals += 1
+        self._sequences[task.task_id] = sequence
+        stride = self.config.block_tokens // BLOCK_TOKENS
+        self._ids[task.task_id] = ids if stride == 1 else ids[stride - 1 :: stride]
+        self._enqueue(sequence)
+        return None
+
+    def abort(self, task_id: int, keep: bool = True) -> Sequence | None:
+        """Let go of a sequence in any state. Its blocks follow as soon as no plan and no transfer uses them.
+
+        `keep`: what it has computed may stay in the cache (not if it is unsound).
+        """
+        sequence = self._sequences.get(task_id)
+        if sequence is None or sequence.status is Status.ENDED:
+            return None
+        match sequence.status:
+            case Status.WAITING:
+                self._num_waiting -= 1
+                self.waiting_tokens -= sequence.target
+                self._forget(sequence)
+            case Status.FETCHING:
+                sequence.status = Status.ENDED  # the transfer still writes into its blocks: freed by `fetched`
+            case Status.HELD if task_id in self.held:
+                self.release_held(task_id)
+            case _:
+                self._leave_batch(sequence)
+                self._end(sequence, keep)
+        return sequence
+
+    def fetched(self, task_id: int, success: bool) -> Sequence | None:
+        """A transfer ended. On success the sequence decodes from the next plan on; else it is given up and returned."""
+        sequence = self._sequences[task_id]
+        if sequence.status is Status.ENDED or not success:
+            self._running.pop(task_id)
+            aborted = sequence.status is Status.ENDED
+            sequence.status = Status.ENDED
+            self._free(sequence, 0)
+            return None if aborted else sequence
+        sequence.computed = sequence.target
+        self._cache(sequence, sequence.computed)
+        self._join_decodes(sequence)
+        return None
+
+    def release_held(self, task_id: int) -> bool:
+        """Drop the KV cache that a finished prefill task holds. False where it is not held (any more)."""
+        sequence = self.held.pop(task_id, None)
+        if sequence is None:
+            return False
+        self._end(sequence)
+        return True
+
+    # -- schedule and complete ------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan | None:
+        """The next step: every decoding sequence one token, the rest of the budget to prompts in order of arrival.
+
+        None where there is nothing to compute, or where plans in flight must complete first.
+        """
+        if len(self.in_flight) >= self.config.max_in_flight or not self._grow_decodes():
+            return None
+        last: list[Sequence] = []
+        decodes = self._decode_batch()
+        context = self._decode_context + len(decodes)
+        if decodes:
+            self._advance_clock(last)
+        chunks = self._schedule_prefills(self.config.token_budget - len(decodes), last)
+        if not chunks and not decodes:
+            return None
+        self._plans += 1
+        plan = Plan(self._plans, chunks, decodes, last, self.clock.issued, _shape(chunks, len(decodes), context))
+        self.in_flight.append(plan)
+        return plan
+
+    def complete(self, plan: Plan, stopped: Collection[int]) -> StepResult:
+        """Apply the oldest plan in flight: each sampling sequence got a token; those in `stopped` (task ids) end."""
+        oldest = self.in_flight.popleft()
+        assert oldest is plan, f"plan {plan.number} completed before plan {oldest.number}"
+        if plan.decodes:
+            self.clock.done = plan.clock
+        first_tokens = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if chunk.samples and sequence.status is not Status.ENDED:
+                sequence.sampled += 1
+                self._cache(sequence, sequence.target)
+                first_tokens.append(sequence)
+        # In order of arrival, so that blocks are freed in one order whoever lists the stops.
+        ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
+        live = [sequence for sequence in ending if sequence.status is not Status.ENDED]
+        finished = [self._finish(sequence, True) for sequence in sorted(live, key=_arrival)]
+        for sequence in first_tokens:
+            if sequence.status is Status.HELD:
+                finished.append(self._finish(sequence, False))
+        self._free_ended(plan.number)
+        return StepResult(first_tokens, finished)
+
+    def steady_steps(self, most: int) -> int:
+        """How many times `advance` may step on now, up to `most`: plans that only decode the batch in flight.
+
+        Asked right after `schedule()`, which has looked at what waits. What may still cut it short is a stop, which
+        only the sampler's side knows.
+        """
+        batch = self._decodes
+        if not batch or self._ending:  # blocks about to be freed may let in what waits
+            return 0
+        if any(plan.decodes is not batch or plan.chunks or plan.last for plan in self.in_flight):
+            return 0
+        while self._limits and self._limits[0][2].limit != self._limits[0][0]:
+            heapq.heappop(self._limits)
+        steps = min(most, self._limits[0][0] - self.clock.issued - 1) if self._limits else most
+        rounds = self.rtc.available // len(batch)
+        return max(0, min(steps, rounds * self.config.block_tokens))
+
+    def advance(self, steps: int) -> None:
+        """By definition `steps` times: complete the oldest plan in flight with no stop, and schedule the next one.
+
+        Only for up to `steady_steps` steps.
+        """
+        batch = self._decodes
+        assert batch and self.in_flight
+        for _ in range(steps):
+            for sequence in self._phases[self.clock.issued % self.config.block_tokens].values():
+                self._append_block(sequence)
+            self.clock.issued += 1
+        self.clock.done += steps
+        self._plans += steps
+        self._decode_context += steps * len(batch)
+        for plan in self.in_flight:
+            plan.number += steps
+            plan.clock += steps
+            plan.shape = plan.shape._replace(decode_context=plan.shape.decode_context + steps * len(batch))
+
+    # -- what can be read -----------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing queued, running, held or in flight."""
+        return not self._sequences and not self.in_flight
+
+    def sequence(self, task_id: int) -> Sequence | None:
+        return self._sequences.get(task_id)
+
+    def decoding(self) -> Iterator[Sequence]:
+        """Sequences that decode, in order of joining."""
+        return iter(self._decoding.values())
+
+    def task_ids(self) -> list[int]:
+        """Every task that still counts here, held ones included."""
+        return [task_id for task_id, sequence in self._sequences.items() if sequence.status is not Status.ENDED]
+
+    def check_integrity(self) -> None:
+        """Conserved quantities: free + cached + private blocks == total; counters agree with the queues."""
+        self.rtc.check_integrity([block for sequence in self._sequences.values() for block in sequence.private_blocks])
+        waiting = [sequence for sequence in self._sequences.values() if sequence.status is Status.WAITING]
+        assert len(waiting) == self._num_waiting
+        assert sum(sequence.target for sequence in waiting) == self.waiting_tokens
+        assert sum(sequence.position for sequence in self._decoding.values()) == self._decode_context
+        assert sum(map(len, self._phases)) == len(self._decoding)
+        for sequence in self._decoding.values():
+            assert len(sequence.blocks) * self.config.block_tokens >= sequence.position
+            assert sequence.task_id in self._running
+
+    # -- batch ----------------------------------------------------------------------------------------------------
+
+    def _schedule_prefills(self, budget: int, last: list[Sequence]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self._prefilling.values()):
+            if budget == 0:
+                return chunks
+            budget -= self._issue_chunk(sequence, budget, chunks, last)
+        while budget and (admitted := self._admit()):
+            if admitted.status is Status.PREFILL:
+                budget -= self._issue_chunk(admitted, budget, chunks, last)
+        return chunks
+
+    def _issue_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk], last: list[Sequence]) -> int:
+        count = min(budget, sequence.target - sequence.computed)
+        samples = sequence.computed + count == sequence.target
+        chunks.append(Chunk(sequence, sequence.computed, count, samples))
+        sequence.computed += count
+        if samples:
+            del self._prefilling[sequence.task_id]
+            if self._remaining(sequence) <= 1:
+                last.append(sequence)
+            elif sequence.task.kind == "prefill":
+                sequence.status = Status.HELD
+            else:
+                self._join_decodes(sequence, pending=1)
+        return count
+
+    def _remaining(self, sequence: Sequence) -> int:
+        """Tokens the client's limit still allows, by what completed plans have sampled."""
+        return sequence.task.request.max_tokens - sequence.sampled
+
+    def _admit(self) -> Sequence | None:
+        """Take the head of the queue into the batch if a place and the blocks for its whole context are there."""
+        while self._waiting and self._waiting[0].status is not Status.WAITING:
+            self._waiting.popleft()
+        if not self._waiting or len(self._running) >= self.config.max_sequences:
+            return None
+        sequence = self._waiting[0]
+        alone = not self._running
+        if self._blocked == (sequence.task_id, self.rtc.changes, alone):
+            return None
+        fetching = sequence.task.kv is not None and not sequence.preemptions
+        target = sequence.target - 1 if fetching else sequence.target
+        ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self.config.block_tokens
+        node, cached = self.rtc.match_by_prefix(ids, min(limit, len(ids)) if self.config.prefix_cache else 0)
+        need = self._blocks_for(target) - len(cached)
+        reserve = 0 if alone else self._watermark
+        blocks = self.rtc.alloc_blocks(need) if need + reserve <= self.rtc.available else None
+        if blocks is None:
+            self.rtc.unlock(node)
+            self._blocked = (sequence.task_id, self.rtc.changes, alone)
+            return None
+        self._waiting.popleft()
+        self._num_waiting -= 1
+        self.waiting_tokens -= sequence.target
+        self._running[sequence.task_id] = sequence
+        sequence.node, sequence.tree_blocks, sequence.blocks = node, len(cached), cached + blocks
+        sequence.computed = len(cached) * self.config.block_tokens
+        if not sequence.preemptions:
+            sequence.cached_tokens = sequence.computed
+        if fetching:
+            sequence.status, sequence.target = Status.FETCHING, target
+            self.fetches.append(Fetch(sequence, sequence.computed, target))
+        else:
+            sequence.status = Status.PREFILL
+            self._prefilling[sequence.task_id] = sequence
+        return sequence
+
+    def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
+        """`pending`: tokens sampled by issued plans that are not complete."""
+        sequence.status = Status.DECODE
+        sequence.joined = self.clock.issued
+        self._decoding[sequence.task_id] = sequence
+        self._decodes = None
+        self._decode_context += sequence.computed
+        self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][sequence.task_id] = sequence
+        sequence.limit = sequence.joined + self._remaining(sequence) - pending
+        heapq.heappush(self._limits, (sequence.limit, sequence.arrival, sequence))
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        """Out of the batch, with what was derived from the clock written down."""
+        task_id = sequence.task_id
+        del self._running[task_id]
+        self._prefilling.pop(task_id, None)
+        if sequence.status is Status.DECODE:
+            del self._decoding[task_id]
+            self._decodes = None
+            del self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][task_id]
+            sequence.runs.append((sequence.joined, max(sequence.joined, self.clock.done)))
+            sequence.sampled, sequence.computed, sequence.limit = sequence.generated, sequence.position, None
+            self._decode_context -= sequence.computed
+        sequence.status = Status.ENDED
+
+    def _decode_batch(self) -> tuple[Sequence, ...]:
+        if self._decodes is None:
+            self._decodes = tuple(self._decoding.values())
+        return self._decodes
+
+    def _advance_clock(self, last: list[Sequence]) -> None:
+        """Issue one decode plan; sequences that reach the client's limit with it go to `last` and decode no further."""
+        self._decode_context += len(self._decoding)
+        self.clock.issued += 1
+        while self._limits and self._limits[0][0] <= self.clock.issued:
+            limit, _, sequence = heapq.heappop(self._limits)
+            if sequence.status is Status.DECODE and sequence.limit == limit:
+                sequence.limit = None
+                last.append(sequence)
+
+    def _grow_decodes(self) -> bool:
+        """A block for every decoding sequence that starts one, preempting the newest where none is left.
+
+        False where that needs a preemption while plans are in flight.
+        """
+        for sequence in list(self._phases[self.clock.issued % self.config.block_tokens].values()):
+            while sequence.status is Status.DECODE and not self._append_block(sequence):
+                if self.in_flight:
+                    return False
+                self._preempt(self._victim())
+        return True
+
+    def _append_block(self, sequence: Sequence) -> bool:
+        if len(sequence.blocks) * self.config.block_tokens > sequence.position:
+            return True
+        blocks = self.rtc.alloc_blocks(1)
+        if blocks is None:
+            return False
+        sequence.blocks += blocks
+        return True
+
+    def _victim(self) -> Sequence:
+        """The newest running sequence that computes here (a transfer in progress cannot be taken back)."""
+        return next(s for s in reversed(self._running.values()) if s.status in (Status.DECODE, Status.PREFILL))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue, to be recomputed; what is computed stays cached as long as there is room."""
+        self._leave_batch(sequence)
+        self._cache(sequence, min(sequence.computed, sequence.task.request.prompt_tokens + sequence.sampled))
+        self._drop_blocks(sequence)
+        self.preemptions += 1
+        sequence.preemptions += 1
+        sequence.computed = 0
+        sequence.target = sequence.task.request.prompt_tokens + sequence.sampled
+        if self._blocks_for(sequence.target + 1) > self.rtc.total_blocks:
+            sequence.status = Status.ENDED
+            self.failed.append((sequence, FailureReason.TOO_LONG))
+            self._forget(sequence)
+        else:
+            self._enqueue(sequence, first=True)
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, stopped: bool) -> Finished:
+        if not stopped:
+            del self._running[sequence.task_id]
+            self.held[sequence.task_id] = sequence
+            return Finished(sequence, held=True)
+        self._leave_batch(sequence)
+        self._end(sequence)
+        return Finished(sequence, held=False)
+
+    def _end(self, sequence: Sequence, keep: bool = True) -> None:
+        """Free the blocks: now, or with the last plan in flight, which may still use them."""
+        sequence.status = Status.ENDED
+        sound = sequence.task.request.prompt_tokens + max(sequence.sampled, 1) - 1
+        valid = min(sequence.computed, sound) if keep else 0
+        if self.in_flight:
+            self._ending[sequence.task_id] = (self.in_flight[-1].number, sequence, valid)
+        else:
+            self._free(sequence, valid)
+
+    def _free_ended(self, completed: int) -> None:
+        while self._ending:
+            task_id, (number, sequence, valid) = next(iter(self._ending.items()))
+            if number > completed:
+                return
+            del self._ending[task_id]
+            self._free(sequence, valid)
+
+    def _free(self, sequence: Sequence, valid_tokens: int) -> None:
+        self._cache(sequence, valid_tokens)
+        self._drop_blocks(sequence)
+        self._forget(sequence)
+
+    def _cache(self, sequence: Sequence, valid_tokens: int) -> None:
+        """Put the full blocks of the first `valid_tokens` positions into the tree, for others to find."""
+        ids = self._ids[sequence.task_id]
+        full = min(valid_tokens // self.config.block_tokens, len(ids))
+        if full > sequence.tree_blocks and self.config.prefix_cache:
+            assert sequence.node is not None
+            sequence.node, duplicates = self.rtc.insert(
+                sequence.node, sequence.tree_blocks, ids[:full], sequence.blocks
+            )
+            sequence.tree_blocks = full
+            sequence.duplicates += duplicates
+
+    def _drop_blocks(self, sequence: Sequence) -> None:
+        assert sequence.node is not None
+        self.rtc.free(sequence.private_blocks)
+        self.rtc.unlock(sequence.node)
+        sequence.blocks, sequence.duplicates, sequence.tree_blocks, sequence.node = [], [], 0, None
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequence.status = Status.ENDED
+        del self._sequences[sequence.task_id]
+        del self._ids[sequence.task_id]
+
+    def _enqueue(self, sequence: Sequence, first: bool = False) -> None:
+        sequence.status = Status.WAITING
+        self._num_waiting += 1
+        self.waiting_tokens += sequence.target
+        if first:
+            self._waiting.appendleft(sequence)
+        else:
+            self._waiting.append(sequence)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.config.block_tokens)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _shape(chunks: list[Chunk], decodes: int, decode_context: int) -> StepShape:
+    tokens = sum(chunk.tokens for chunk in chunks)
+    attention = sum(chunk.start * chunk.tokens + chunk.tokens * (chunk.tokens + 1) // 2 for chunk in chunks)
+    return StepShape(tokens, attention, len(chunks), decodes, decode_context)

@@ -1,0 +1,101 @@
+"""A request inside one engine: what is known of it, what is computed, which blocks it holds."""
+
+from enum import Enum, auto
+
+from cluster.request import Task
+from flowserve.core.rtc import Node
+
+
+class DecodeClock:
+    """Counts decode plans: `issued` were scheduled, `done` are complete. Sequences that decode read their place off it.
+
+    Every decode plan holds every decoding sequence, so one count serves all and a step costs nothing per sequence.
+    """
+
+    __slots__ = ("done", "issued")
+
+    def __init__(self) -> None:
+        self.issued = 0
+        self.done = 0
+
+
+class Status(Enum):
+    """Where a sequence is. FETCHING: its KV cache is on the way; HELD: prefilled here, for another engine to fetch."""
+
+    WAITING = auto()
+    FETCHING = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    HELD = auto()
+    ENDED = auto()
+
+
+class Sequence:
+    """Few true numbers; the rest is derived.
+
+    `target`: tokens whose KV cache must be there before the next token is sampled.
+    `computed`: positions whose KV cache is computed or being computed by an issued plan (while not decoding).
+    `sampled`: tokens of the request so far, sampled by completed plans (while not decoding).
+    `runs`: (first, last) values of the decode clock between which it decoded, in completed plans.
+    `limit`: the decode clock at which the client's token limit is reached.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached_tokens",
+        "clock",
+        "computed",
+        "duplicates",
+        "joined",
+        "limit",
+        "node",
+        "preemptions",
+        "runs",
+        "sampled",
+        "status",
+        "target",
+        "task",
+        "tree_blocks",
+    )
+
+    def __init__(self, task: Task, arrival: int, clock: DecodeClock) -> None:
+        self.task = task
+        self.arrival = arrival
+        self.clock = clock
+        self.status = Status.WAITING
+        self.target = task.context_tokens
+        self.computed = 0
+        self.sampled = task.generated
+        self.joined = 0
+        self.limit: int | None = None
+        self.blocks: list[int] = []
+        self.node: Node | None = None
+        self.tree_blocks = 0
+        self.duplicates: list[int] = []
+        self.cached_tokens = 0
+        self.runs: list[tuple[int, int]] = []
+        self.preemptions = 0
+
+    @property
+    def task_id(self) -> int:
+        return self.task.task_id
+
+    @property
+    def position(self) -> int:
+        """Positions whose KV cache is computed or issued: where the next issued token goes."""
+        if self.status is Status.DECODE:
+            return self.computed + self.clock.issued - self.joined
+        return self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the request sampled by completed plans, those of earlier attempts included."""
+        if self.status is Status.DECODE:
+            return self.sampled + max(0, self.clock.done - self.joined)
+        return self.sampled
+
+    @property
+    def private_blocks(self) -> list[int]:
+        """Blocks that are this sequence's own: not in the tree, to be freed when it ends."""
+        return self.blocks[self.tree_blocks :] + self.duplicates

@@ -1,0 +1,71 @@
+"""Device code behind one seam: what a model and a runner ask of a device, each device in the file of its name.
+
+Shapes follow the operators that serving accelerators offer (packed tokens, slot mapping, block table, lengths per
+sequence), so that a device file is a thin layer over its vendor's calls and `cpu` is the reference for all of them.
+T: packed tokens of a step, H and K: query and KV heads, D: head size, S: sampled rows, V: vocabulary.
+"""
+
+import importlib
+from typing import Any, Protocol, cast
+
+import numpy as np
+from torch import Tensor
+
+from flowserve.ops.step import StepContext
+
+DEVICES = ("cpu",)
+
+
+class Ops(Protocol):
+    """Operators of one device. Tensors are on that device and of the model's dtype unless said otherwise."""
+
+    def layer_caches(self, kv: Tensor) -> list[Any]:
+        """Per layer, the device's view of `kv` (layers, 2, blocks, block_tokens, K, D), for `store_kv`, `attention`."""
+        ...
+
+    def prepare(self, step: StepContext) -> object:
+        """What all layers of a step share (device copies of tables, masks); `StepContext.prepared` from then on."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, hidden] / sqrt(mean(x^2) + eps) * weight [hidden]."""
+        ...
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotary embedding of x [T, heads, D], in place, halves layout. cos [T, 1, D], sin [T, 1, D], the latter with
+        its first half negated.
+        """
+        ...
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """silu(gate) * up for x [T, 2F] = (gate, up); returns [T, F]."""
+        ...
+
+    def store_kv(self, kv: Tensor, cache: Any, step: StepContext) -> None:
+        """Write kv [T, 2K, D] (K heads of keys, then of values) to the slots of the step's tokens."""
+        ...
+
+    def attention(self, query: Tensor, kv: Tensor, cache: Any, step: StepContext) -> Tensor:
+        """Causal attention of query [T, H, D] over all cached positions of each sequence; returns [T, H * D].
+
+        `kv` [T, 2K, D]: what `store_kv` was given for this layer, already in the cache.
+        """
+        ...
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Per row of logits [S, V]: the largest (NaN where any is NaN) and its index, both [S]."""
+        ...
+
+    def draw(self, logits: Tensor, temperatures: np.ndarray, noise: np.ndarray) -> Tensor:
+        """argmax(logits / temperature + noise) per row: with Gumbel noise, a draw from softmax(logits / temperature).
+
+        logits [S, V], host arrays float32: temperatures [S], noise [S, V]. Returns [S] int64.
+        """
+        ...
+
+
+def load(device: str) -> Ops:
+    """The operators for a device type, imported only when asked for. Raises ValueError where there are none."""
+    if device not in DEVICES:
+        raise ValueError(f"no operators for device {device!r}: there are {', '.join(DEVICES)}")
+    return cast(Ops, importlib.import_module(f"flowserve.ops.{device}"))

@@ -1,0 +1,185 @@
+"""Reference operators in plain torch, tuned for one thread and small models, where the number of calls is the cost."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowserve.ops.step import StepContext
+
+MAX_GROUP_BLOCKS = 512
+"""Blocks gathered at once for decodes: bounds the copy, and beyond it larger groups gain nothing."""
+MAX_GROUP_PADDING = 24
+"""Blocks of padding in a group of decodes at which a group of its own costs less (about 30 us against 1.4 us each)."""
+
+
+class LayerCache(NamedTuple):
+    """Two views of one layer's KV cache, [2, slots, K * D] and [2, blocks, block_tokens * K * D], and K."""
+
+    by_slot: Tensor
+    by_block: Tensor
+    kv_heads: int
+
+
+class _Chunk(NamedTuple):
+    """A prompt chunk. `blocks` int64 [n] and `mask` [count, context]: None where it starts at position 0."""
+
+    rows: slice
+    context: int
+    blocks: Tensor | None
+    mask: Tensor | None
+
+
+class _Decodes(NamedTuple):
+    """Decodes of similar length. `blocks` int32 [B * width], `mask` [B, 1, 1, width * block_tokens], `gathered` [2, B *
+    width, block_tokens * K * D]: where their KV cache is gathered layer by layer, and how attention looks at it: `key`,
+    `value` [B, K, width * block_tokens, D].
+    """
+
+    rows: slice
+    blocks: Tensor
+    mask: Tensor
+    gathered: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class _Prepared(NamedTuple):
+    chunks: list[_Chunk]
+    decodes: list[_Decodes]
+
+
+def layer_caches(kv: Tensor) -> list[LayerCache]:
+    layers, _, blocks, block_tokens, heads, size = kv.shape
+    by_slot = kv.view(layers, 2, blocks * block_tokens, heads * size)
+    by_block = kv.view(layers, 2, blocks, block_tokens * heads * size)
+    return [LayerCache(by_slot[layer], by_block[layer], heads) for layer in range(layers)]
+
+
+def prepare(step: StepContext) -> _Prepared:
+    cache: LayerCache = step.caches[0]
+    dtype, block_size = cache.by_block.dtype, cache.by_block.shape[2]
+    ends = step.starts + step.counts
+    chunks, row = [], 0
+    for index in range(step.num_chunks):
+        start, count, context = int(step.starts[index]), int(step.counts[index]), int(ends[index])
+        blocks = mask = None
+        if start:
+            blocks = torch.from_numpy(step.block_tables[index, : -(-context // step.block_tokens)])
+            mask = torch.full((count, context), -math.inf, dtype=dtype).triu_(start + 1)
+        chunks.append(_Chunk(slice(row, row + count), context, blocks, mask))
+        row += count
+    decodes = []
+    lengths = ends[step.num_chunks :]
+    groups = _groups((-(-lengths // step.block_tokens)).tolist())
+    if groups:
+        most = max((end - start) * width for start, end, width in groups)
+        memory = torch.empty(2 * most * block_size, dtype=dtype)
+    for start, end, width in groups:
+        batch, first = end - start, step.num_chunks + start
+        blocks = torch.from_numpy(step.block_tables[first : first + batch, :width].reshape(-1))
+        outside = np.arange(width * step.block_tokens) >= lengths[start:end, None]
+        mask = torch.from_numpy(np.where(outside, np.float32(-np.inf), np.float32(0)))[:, None, None].to(dtype)
+        gathered = memory[: 2 * batch * width * block_size].view(2, batch * width, block_size)
+        shape = (2, batch, width * step.block_tokens, cache.kv_heads, block_size // step.block_tokens // cache.kv_heads)
+        key, value = gathered.view(shape).transpose(2, 3)
+        decodes.append(_Decodes(slice(row + start, row + end), blocks, mask, gathered, key, value))
+    return _Prepared(chunks, decodes)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # sqrt(n) x w / hypot(|x|, sqrt(n eps)): four kernels, where the textbook's form takes six.
+    size = x.shape[-1]
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    zero, floor = _constants(math.sqrt(size * eps))
+    return torch.addcmul(zero, x, weight, value=math.sqrt(size)).div_(norm.hypot_(floor))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def store_kv(kv: Tensor, cache: LayerCache, step: StepContext) -> None:
+    tokens, heads, size = kv.shape
+    cache.by_slot.index_copy_(1, step.slot_mapping, kv.view(tokens, 2, heads // 2 * size).transpose(0, 1))
+
+
+def attention(query: Tensor, kv: Tensor, cache: LayerCache, step: StepContext) -> Tensor:
+    prepared = step.prepared
+    assert isinstance(prepared, _Prepared)
+    tokens, heads, size = query.shape
+    parts = [_attend_chunk(query[chunk.rows], kv[chunk.rows], cache, chunk) for chunk in prepared.chunks]
+    parts += [_attend_decodes(query[group.rows], cache, group) for group in prepared.decodes]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tokens, heads * size)
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    found = logits.max(dim=-1)
+    return found.values, found.indices
+
+
+def draw(logits: Tensor, temperatures: np.ndarray, noise: np.ndarray) -> Tensor:
+    return torch.addcdiv(torch.from_numpy(noise), logits.float(), torch.from_numpy(temperatures)[:, None]).argmax(-1)
+
+
+def _attend_chunk(query: Tensor, kv: Tensor, cache: LayerCache, chunk: _Chunk) -> Tensor:
+    """[count, H, D]. From position 0 on, the chunk's own keys and values are all there is: the cache is not read."""
+    (count, heads, size), kv_heads = query.shape, cache.kv_heads
+    if chunk.blocks is None:
+        key, value = kv[:, :kv_heads], kv[:, kv_heads:]
+    else:
+        gathered = cache.by_block.index_select(1, chunk.blocks).view(2, -1, kv_heads, size)[:, : chunk.context]
+        key, value = gathered.unbind(0)
+    # KV heads stand in as the batch, with their query heads as heads that share one cache (expanded, not copied).
+    shared = (kv_heads, heads // kv_heads, chunk.context, size)
+    out = F.scaled_dot_product_attention(
+        query.view(count, kv_heads, -1, size).permute(1, 2, 0, 3),
+        key.transpose(0, 1)[:, None].expand(shared),
+        value.transpose(0, 1)[:, None].expand(shared),
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+    )
+    return out.permute(2, 0, 1, 3).reshape(count, heads, size)
+
+
+def _attend_decodes(query: Tensor, cache: LayerCache, group: _Decodes) -> Tensor:
+    """[B, H, D]. The query heads of one KV head stand in as queries of one sequence, so its cache is read once."""
+    batch, heads, size = query.shape
+    torch.index_select(cache.by_block, 1, group.blocks, out=group.gathered)
+    shared = query.view(batch, cache.kv_heads, -1, size)
+    out = F.scaled_dot_product_attention(shared, group.key, group.value, attn_mask=group.mask)
+    return out.reshape(batch, heads, size)
+
+
+def _groups(widths: list[int]) -> list[tuple[int, int, int]]:
+    """Cut ascending widths (in blocks) into groups `(start, end, width)` that waste little on padding.
+
+    From the longest down: a group ends where its padding, or its size, would pass the limit.
+    """
+    groups = []
+    end = len(widths)
+    while end:
+        width, padding, start = widths[end - 1], 0, end - 1
+        while start and (end - start + 1) * width <= MAX_GROUP_BLOCKS:
+            padding += width - widths[start - 1]
+            if padding > MAX_GROUP_PADDING:
+                break
+            start -= 1
+        groups.append((start, end, width))
+        end = start
+    return groups[::-1]
+
+
+@functools.cache
+def _constants(floor: float) -> tuple[Tensor, Tensor]:
+    """0-dimensional tensors; making them anew would cost as much as the kernel they feed."""
+    return torch.zeros(()), torch.tensor(floor)

@@ -1,0 +1,233 @@
+"""The process of one executor: TE-shell, engine core and a runner, driven by one loop over one socket.
+
+Started as `python -m flowserve.runtime.engine_process SETUP` with an `EngineSetup` in JSON. It ends on `Stop`, and
+with the process that started it, however that one ends.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import IO
+
+import msgspec
+import zmq
+
+from cluster import identity
+from cluster.vocabulary import Stage
+from flowserve.core.messages import Dispatch, KvFetched, KvOffered, Message
+from flowserve.core.plan import Plan
+from flowserve.core.record import PlanRecord, TurnRecord
+from flowserve.core.shell import Outbox, TaskExecutor
+from flowserve.runtime import wire
+from flowserve.runtime.runner import KvHandle, Payload, Runner, TokenError
+
+_PR_SET_PDEATHSIG = 1
+
+
+class EngineLoop:
+    """Turns of: messages in, schedule, run, complete, output out. Single-threaded; waits only when there is no work."""
+
+    def __init__(
+        self, setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", runner: Runner, record: IO[bytes] | None
+    ) -> None:
+        self._setup = setup
+        self._socket = socket
+        self._runner = runner
+        self._record = record
+        self._done: list[Message] = []
+        self._payloads: dict[int, Payload] = {}
+        self._handles: dict[str, KvHandle | None] = {}
+        self._shell = TaskExecutor(setup.executor, setup.spec, setup.engine, setup.report_to, setup.report_period_ns)
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        plan: Plan | None = None
+        shell, now = self._shell, self.now
+        while True:
+            messages = self._receive(block=plan is None)
+            if messages is None:
+                return
+            start = end = now()
+            for message in messages:
+                self._take(message, start)
+            shell.report(start)
+            plan = shell.next_plan()
+            record = None if plan is None else PlanRecord.of(plan)
+            tokens: list[tuple[int, int, int]] = []
+            stopped: list[int] = []
+            if plan is not None:
+                tokens, stopped, failed = self._run(plan)
+                end = now()
+                for task_id, reason in failed.items():
+                    shell.fail(task_id, reason, end)
+                shell.complete(plan, stopped, end)
+            outbox = shell.outbox()
+            self._send(tokens, outbox)
+            if self._record is not None:
+                transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
+                turn = TurnRecord(start, end, messages, record, stopped, shell.core.preemptions, transfers)
+                self._record.write(msgspec.json.encode(turn) + b"\n")
+                self._record.flush()
+
+    def now(self) -> int:
+        return time.monotonic_ns() - self._setup.start_ns
+
+    # -- in -------------------------------------------------------------------------------------------------------
+
+    def _receive(self, block: bool) -> list[Message] | None:
+        """Everything that has arrived; None for a stop. Waits for something, or for a report to be due, if `block`."""
+        messages, self._done = self._done, []
+        timeout = 0
+        if block and not messages:
+            due = self._shell.report_due
+            timeout = -1 if due is None else max(0, (due - self.now()) // 1_000_000 + 1)
+        if not self._socket.poll(timeout):
+            return messages
+        while True:
+            try:
+                received = wire.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return messages
+            if isinstance(received, wire.Stop):
+                return None
+            message = received.message
+            if isinstance(message, Dispatch):
+                assert received.payload is not None
+                self._payloads[message.task.task_id] = received.payload
+            elif isinstance(message, KvOffered):
+                self._handles[message.source] = received.handle
+            messages.append(message)
+
+    def _take(self, message: Message, now: int) -> None:
+        ids: identity.BlockIds = ()
+        if isinstance(message, Dispatch):
+            request, payload = message.task.request, self._payloads[message.task.task_id]
+            known = (payload.answer and payload.answer.block_ids) or request.block_ids
+            ids = identity.of_context(request.request_id, request.max_tokens, known)
+        self._shell.receive(message, now, ids)
+        if isinstance(message, Dispatch):
+            try:
+                self._runner.add(message.task.task_id, self._payloads[message.task.task_id])
+            except ValueError as error:
+                self._shell.fail(message.task.task_id, str(error), now)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def _run(self, plan: Plan) -> tuple[list[tuple[int, int, int]], list[int], dict[int, str]]:
+        """(task id, output index, token) of every sampling sequence, those that stop, and why others got no token."""
+        failed: dict[int, str] = {}
+        try:
+            sampled = self._runner.run(plan)
+        except TokenError as error:
+            sampled, failed = error.tokens, error.reasons
+        tokens, stopped = [], []
+        for sequence, token in zip(plan.sampling, sampled, strict=True):
+            if sequence.task_id in failed:
+                continue
+            index = sequence.generated
+            tokens.append((sequence.task_id, index, token))
+            answer = self._payloads[sequence.task_id].answer
+            if answer is not None and index + 1 >= answer.output_tokens:
+                stopped.append(sequence.task_id)
+        return tokens, stopped, failed
+
+    # -- out ------------------------------------------------------------------------------------------------------
+
+    def _send(self, tokens: list[tuple[int, int, int]], outbox: Outbox) -> None:
+        for task_id in outbox.forgotten:
+            self._runner.remove(task_id)
+            self._payloads.pop(task_id, None)
+        if tokens or outbox.events or outbox.peers:
+            self._socket.send(wire.encode(wire.Output(tokens, outbox.events, outbox.peers)))
+        for transfer in outbox.transfers:
+            try:
+                self._runner.fetch(self._handles[transfer.source], transfer.source_blocks, transfer.blocks)
+                success = True
+            except OSError:  # the source died and its memory with it: reported as a lost KV cache
+                success = False
+            self._done.append(KvFetched(transfer.task_id, success))
+
+
+def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable[[], None]]:
+    """(load weights and make the runner, import what that takes): the two start-up stages before the KV cache."""
+    device = setup.device
+    if isinstance(device, wire.NullDevice):
+        from flowserve.runtime.null_runner import NullRunner
+
+        return (lambda: NullRunner(device)), (lambda: None)
+
+    def torch_imports() -> None:
+        import flowserve.runtime.torch_runner  # noqa: F401
+
+    def torch_runner() -> Runner:
+        from flowserve.runtime.torch_runner import TorchRunner
+
+        return TorchRunner(device.model_dir, setup.engine, device.dtype, device.device, device.threads)
+
+    return torch_runner, torch_imports
+
+
+def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int) -> None:
+    """Start up stage by stage, then run the engine loop."""
+
+    def now() -> int:
+        return time.monotonic_ns() - setup.start_ns
+
+    def stage_done(stage: Stage, since: int) -> int:
+        at = now()
+        socket.send(wire.encode(wire.StageDone(stage, at, at - since)))
+        return at
+
+    make, imports = make_runner(setup)
+    imports()
+    at = stage_done(Stage.TE_PRE_LOAD, born_ns)
+    runner = make()
+    at = stage_done(Stage.TE_LOAD, at)
+    record = None if setup.record is None else open(setup.record, "wb")  # noqa: SIM115 (closed below)
+    try:
+        runner.warm_up()
+        loop = EngineLoop(setup, socket, runner, record)
+        stage_done(Stage.TE_POST_LOAD, at)
+        socket.send(wire.encode(wire.Ready(now(), runner.kv_handle)))
+        loop.run()
+    finally:
+        runner.close()
+        if record is not None:
+            record.close()
+
+
+def main() -> int:
+    """Entry point of the process."""
+    setup = msgspec.json.decode(sys.argv[1], type=wire.EngineSetup)
+    born_ns = time.monotonic_ns() - setup.start_ns
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process shuts us down
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != setup.parent:  # it died before we asked to be told
+        return 1
+    if setup.cpu is not None:
+        os.sched_setaffinity(0, {setup.cpu})
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, setup.executor.encode())
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(setup.address)
+    try:
+        serve(setup, socket, born_ns)
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        socket.send(wire.encode(wire.Crashed(f"{type(error).__name__}: {error}")))
+        return 1
+    finally:
+        socket.close()
+        context.term()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

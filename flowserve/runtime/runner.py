@@ -1,0 +1,95 @@
+"""What the engine loop needs of a device, and the data that reaches the sampler's side beside the control plane."""
+
+from typing import Protocol
+
+import msgspec
+
+from cluster.request import Answer
+from flowserve.core.plan import Plan
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How tokens are drawn: greedy at temperature 0, else by softmax(logits / temperature) with a seed per request."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature is {self.temperature}: allowed are 0 (greedy) to 100")
+
+
+class Payload(msgspec.Struct, frozen=True):
+    """The tokens of a task and what its sampler must know.
+
+    `tokens`: prompt and the tokens generated before this task. `answer`: in a trace replay, where to stop (counted over
+    the whole request). `forced`: tokens the sampler must yield, by output index, where the trace fixes their content.
+    """
+
+    tokens: list[int]
+    sampling: Sampling
+    answer: Answer | None = None
+    forced: list[int] | None = None
+
+
+class KvHandle(msgspec.Struct, frozen=True):
+    """How another process reads this engine's KV cache: a file to map, and the layout of what is in it.
+
+    `shape`: (layers, 2, blocks, block_tokens, kv_heads, head_dim).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TokenError(RuntimeError):
+    """A step gave no usable token for the tasks in `reasons` (task id: why). It is done, and the runner can go on.
+
+    `tokens`: what `run` would have returned, with 0 for these tasks, so that the others lose nothing.
+    """
+
+    def __init__(self, reasons: dict[int, str], tokens: list[int]) -> None:
+        super().__init__("; ".join(f"no token for task {task_id}: {reason}" for task_id, reason in reasons.items()))
+        self.reasons = reasons
+        self.tokens = tokens
+
+
+class Runner(Protocol):
+    """Runs the plans of one engine. Calls come from one thread."""
+
+    def add(self, task_id: int, payload: Payload) -> None:
+        """A task that plans may name from now on. Raises ValueError where its tokens are not the model's."""
+        ...
+
+    def remove(self, task_id: int) -> None:
+        """No later plan names this task. Unknown ids are ignored."""
+        ...
+
+    def warm_up(self) -> None:
+        """Before the first task: run what makes a first step slow."""
+        ...
+
+    def run(self, plan: Plan) -> list[int]:
+        """Compute a plan; returns one token for each sequence of `plan.sampling`, in that order.
+
+        Called right after `schedule()`, so positions and block tables may be read off the sequences. Raises TokenError,
+        with the step done, where some tasks got no usable token.
+        """
+        ...
+
+    @property
+    def kv_handle(self) -> KvHandle | None:
+        """Where peers find the KV cache; None where there is nothing to move."""
+        ...
+
+    def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
+        """Copy a peer's KV cache blocks into ours, block for block; returns the number of contiguous runs moved.
+
+        Raises OSError where the peer's KV cache is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the device and shared memory."""
+        ...

@@ -1,0 +1,94 @@
+"""What passes between an engine process and whoever drives it: msgpack of typed structs, one socket, both ways."""
+
+import msgspec
+
+from cluster.events import Event
+from cluster.vocabulary import ExecutorSpec, Stage
+from flowserve.core.messages import Message
+from flowserve.core.scheduler import EngineConfig
+from flowserve.runtime.runner import KvHandle, Payload
+
+
+class NullDevice(msgspec.Struct, frozen=True, tag=True):
+    """No model: every step sleeps this long, tokens are a hash of the prompt. For tests of everything else."""
+
+    step_s: float = 0.002
+    prefill_token_s: float = 0.0
+    vocab: int = 1000
+
+
+class TorchDevice(msgspec.Struct, frozen=True, tag=True):
+    """A model from a Hugging Face folder on a torch device."""
+
+    model_dir: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+
+
+class EngineSetup(msgspec.Struct, frozen=True):
+    """All that an engine process is told at start. `start_ns`: the run's time 0 on the monotonic clock.
+
+    `parent`: id of the process that starts it, and that it does not outlive.
+    """
+
+    executor: str
+    spec: ExecutorSpec
+    engine: EngineConfig
+    device: NullDevice | TorchDevice
+    address: str
+    start_ns: int
+    report_to: tuple[str, ...]
+    report_period_ns: int
+    parent: int
+    cpu: int | None = None
+    record: str | None = None
+
+
+class Deliver(msgspec.Struct, frozen=True, tag=True):
+    """A message for the shell; `payload` comes with a dispatch, `handle` with an offer of KV cache."""
+
+    message: Message
+    payload: Payload | None = None
+    handle: KvHandle | None = None
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the process now."""
+
+
+class StageDone(msgspec.Struct, frozen=True, tag=True):
+    """A start-up stage is over."""
+
+    stage: Stage
+    at_ns: int
+    took_ns: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine serves. `handle`: where peers read its KV cache."""
+
+    at_ns: int
+    handle: KvHandle | None
+
+
+class Output(msgspec.Struct, frozen=True, tag=True):
+    """What one turn of the engine loop yields: tokens as (task id, output index, token), events, messages to peers."""
+
+    tokens: list[tuple[int, int, int]]
+    events: list[Event]
+    peers: list[tuple[str, Message]]
+
+
+class Crashed(msgspec.Struct, frozen=True, tag=True):
+    """Last words of an engine process."""
+
+    reason: str
+
+
+ToEngine = Deliver | Stop
+FromEngine = StageDone | Ready | Output | Crashed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
