@@ -1,0 +1,1 @@
+"""Which executor a task goes to."""

@@ -1,0 +1,1 @@
+"""What is not known when a request arrives, guessed from what was seen before."""
