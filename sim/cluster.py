@@ -1,0 +1,320 @@
+"""The simulated cluster: SimPy behind the seam."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import simpy
+
+from cluster import events as ev
+from cluster.actions import (
+    AbortTask,
+    Action,
+    DispatchTask,
+    DrainExecutor,
+    EndRequest,
+    EndRun,
+    LaunchExecutor,
+    RetireExecutor,
+    SetTimer,
+    SubmitRequest,
+)
+from cluster.latency import LatencyModel
+from cluster.relay import relayed
+from cluster.request import Answer, Task
+from cluster.seam import Cluster
+from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from flowserve.core.messages import Abort, Dispatch, Drain, KvFetched, KvOffered, KvRequested, Message, PeerLost
+from flowserve.core.scheduler import EngineConfig
+from flowserve.core.shell import Outbox, TaskExecutor, Transfer
+from flowserve.core.transfer import contiguous_runs
+from sim.executor import SimExecutor
+from sim.link import Link
+
+
+class Delays(msgspec.Struct, frozen=True):
+    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor."""
+
+    dispatch_s: float = 0.0
+    event_s: float = 0.0
+    decision_s: float = 0.0
+    peer_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            if getattr(self, field) < 0:
+                raise ValueError(f"delays.{field} is {getattr(self, field)}: allowed are seconds from 0 up")
+
+
+class Node(msgspec.Struct, frozen=True):
+    """What stands behind one kind of executor: engine limits, latency model, start-up stages, KV cache link.
+
+    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over (layers x 2 where each layer
+    keeps its K and V by itself, 1 where a block holds all layers: FlowKV section 3). `contention`: as in `Hardware`;
+    with it every step is an event of its own.
+    """
+
+    engine: EngineConfig
+    latency: Callable[[], LatencyModel]
+    stages: Sequence[tuple[Stage, int]]
+    kv_bytes_per_token: int
+    kv_segments: int
+    link: Callable[[], Link]
+    contention: float = 0.0
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Kill an executor at a time: a fault to inject."""
+
+    at_s: float
+    executor: str
+
+    def __post_init__(self) -> None:
+        if self.at_s < 0:
+            raise ValueError(f"failure of {self.executor} at {self.at_s} s: allowed are seconds from 0 up")
+
+
+class SimCluster(Cluster):
+    """Executors in simulated time.
+
+    `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
+    `coalesce`: advance decode steps that nothing can change in one event (the result is the same without).
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[str],
+        node_for: Callable[[ExecutorSpec], Node],
+        report_period_s: float = 1.0,
+        delays: Delays | None = None,
+        failures: Sequence[Failure] = (),
+        coalesce: bool = True,
+    ) -> None:
+        self.env = simpy.Environment()
+        self.executors: dict[str, SimExecutor] = {}
+        self._node_for = node_for
+        self._report_to = tuple(actor for actor in actors if actor != "client")
+        self._report_period_ns = to_ns(report_period_s)
+        delays = delays or Delays()
+        self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
+        self._decision_ns, self._peer_ns = to_ns(delays.decision_s), to_ns(delays.peer_s)
+        self._coalesce = coalesce
+        self._answers: dict[int, Answer] = {}
+        self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
+        self._nodes: dict[str, Node] = {}
+        self._links: dict[str, Link] = {}
+        self._launching: set[str] = set()
+        self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
+        self._undone: list[Action] = []
+        self._ended = False
+        for failure in failures:
+            self._at(to_ns(failure.at_s), partial(self.kill, failure.executor))
+
+    # -- the seam -------------------------------------------------------------------------------------------------
+
+    def submit(self, action: Action) -> None:
+        self._undone.append(action)
+
+    def next_event(self) -> ev.Event | None:
+        env = self.env
+        if self._undone:
+            if self._decision_ns:
+                env.run(until=env.now + self._decision_ns)
+            actions, self._undone = self._undone, []
+            for action in actions:
+                self._perform(action)
+        if self._ended:
+            return None
+        # All that happens at one time happens before anyone reacts to it.
+        while not self._events or env.peek() == env.now:
+            if env.peek() == float("inf"):
+                raise RuntimeError(f"nothing can happen any more at {env.now} ns, yet the run has not ended")
+            env.step()
+        event = self._events.popleft()
+        return event if event.time == env.now else msgspec.structs.replace(event, time=env.now)
+
+    def close(self) -> None:
+        self.executors.clear()
+        self._launching.clear()
+        self._ended = True
+
+    def now(self) -> int:
+        """ns since the start of the run."""
+        return int(self.env.now)
+
+    # -- actions --------------------------------------------------------------------------------------------------
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case DispatchTask():
+                self._dispatch(action)
+            case SetTimer():
+                self._at(max(0, action.at_ns - self.now()), lambda: self._timer(action))
+            case AbortTask():
+                self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
+            case LaunchExecutor():
+                self._launching.add(action.executor)
+                self.env.process(self._launch(action))
+            case DrainExecutor():
+                self._send(action.executor, Drain(), self._dispatch_ns)
+            case RetireExecutor():
+                if self._has(action.executor):
+                    self._stop(action.executor)
+                    now = self.now()
+                    self._emit(ev.ExecutorRetired(to="cm", time=now, occurred=now, executor=action.executor))
+            case EndRun():
+                self._ended = True
+            case _:
+                self._relay(action)
+
+    def _relay(self, action: Action) -> None:
+        if isinstance(action, SubmitRequest):
+            self._answers[action.request.request_id] = action.answer
+        elif isinstance(action, EndRequest):
+            del self._answers[action.request_id]
+        event = relayed(action, self.now())
+        assert event is not None
+        self._emit(event)
+
+    def _dispatch(self, action: DispatchTask) -> None:
+        task = action.task
+        if action.executor not in self.executors:
+            self._lose(action.executor, action.job_executor, task, task.generated)
+            return
+        self._tasks[action.executor][task.task_id] = (action.job_executor, task)
+        self._send(action.executor, Dispatch(action.job_executor, task), self._dispatch_ns)
+
+    def _timer(self, action: SetTimer) -> None:
+        now = self.now()
+        self._emit(ev.TimerFired(to=action.actor, time=now, occurred=min(now, max(action.at_ns, 0)), name=action.name))
+
+    def _launch(self, action: LaunchExecutor) -> Any:
+        node = self._node_for(action.spec)
+        for stage, took in node.stages:
+            yield self.env.timeout(took)
+            if action.executor not in self._launching:
+                return
+            now = self.now()
+            self._emit(
+                ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
+            )
+        self._launching.discard(action.executor)
+        shell = TaskExecutor(action.executor, action.spec, node.engine, self._report_to, self._report_period_ns)
+        self._nodes[action.executor], self._links[action.executor] = node, node.link()
+        self._tasks[action.executor] = {}
+        self.executors[action.executor] = SimExecutor(
+            self.env,
+            shell,
+            node.latency(),
+            self._answers,
+            lambda out: self._deliver(action.executor, out),
+            self._coalesce,
+            len(self._links),
+            partial(self._slowdown, action.executor, node.contention) if node.contention else None,
+        )
+        self._emit(
+            ev.ExecutorReady(
+                to="cm",
+                time=self.now(),
+                occurred=self.now(),
+                executor=action.executor,
+                spec=action.spec,
+                kv_blocks=node.engine.kv_blocks,
+                block_tokens=node.engine.block_tokens,
+                max_sequences=node.engine.max_sequences,
+            )
+        )
+
+    def _slowdown(self, name: str, contention: float) -> float:
+        """What a step that starts now takes longer by, because others compute too."""
+        busy = sum(bool(each.shell.core.in_flight) for other, each in self.executors.items() if other != name)
+        return 1 + contention * busy
+
+    # -- failures -------------------------------------------------------------------------------------------------
+
+    def kill(self, executor: str) -> None:
+        """An executor dies now: its tasks come back as failed, then the executor itself."""
+        if not self._has(executor):
+            return
+        self._stop(executor)
+        now = self.now()
+        self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=executor, reason="killed"))
+
+    def _has(self, name: str) -> bool:
+        return name in self.executors or name in self._launching
+
+    def _stop(self, name: str) -> None:
+        self._launching.discard(name)
+        executor = self.executors.pop(name, None)
+        if executor is None:
+            return
+        executor.kill()
+        for task_id, (job_executor, task) in self._tasks.pop(name).items():
+            sequence = executor.shell.core.sequence(task_id)
+            self._lose(name, job_executor, task, task.generated if sequence is None else sequence.generated)
+        for other in self.executors.values():
+            other.receive(PeerLost(name))
+
+    def _lose(self, executor: str, job_executor: str, task: Task, generated: int) -> None:
+        now = self.now()
+        self._emit(
+            ev.TaskFailed(
+                to=job_executor,
+                time=now,
+                occurred=now,
+                request_id=task.request.request_id,
+                task_id=task.task_id,
+                executor=executor,
+                reason=FailureReason.EXECUTOR_LOST,
+                generated=generated,
+            )
+        )
+
+    # -- what executors send --------------------------------------------------------------------------------------
+
+    def _deliver(self, name: str, outbox: Outbox) -> None:
+        for event in outbox.events:
+            if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
+                self._tasks[name].pop(event.task_id, None)
+            self._emit(event, self._event_ns)
+        for other, message in outbox.peers:
+            if other in self.executors:
+                self._send(other, message, self._peer_ns)
+            elif isinstance(message, KvRequested):
+                self._send(name, KvOffered(message.task_id, message.for_task, other, None), self._peer_ns)
+        for transfer in outbox.transfers:
+            self._transfer(name, transfer)
+
+    def _transfer(self, name: str, transfer: Transfer) -> None:
+        node, now = self._nodes[name], self.now()
+        runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
+        num_bytes = len(transfer.blocks) * node.engine.block_tokens * node.kv_bytes_per_token
+        done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
+
+        def end() -> None:  # a source that died in the middle took the rest of the KV cache with it
+            self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
+
+        self._at(done - now, end)
+
+    def _send(self, name: str, message: Message, delay: int) -> None:
+        def arrive() -> None:
+            executor = self.executors.get(name)
+            if executor is not None:
+                executor.receive(message)
+
+        # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
+        self.env.timeout(delay).callbacks.append(lambda _: arrive())
+
+    def _emit(self, event: ev.Event, delay: int = 0) -> None:
+        if delay:
+            self._at(delay, lambda: self._events.append(event))
+        else:
+            self._events.append(event)
+
+    def _at(self, delay: int, action: Callable[[], None]) -> None:
+        if delay:
+            self.env.timeout(delay).callbacks.append(lambda _: action())
+        else:
+            action()

@@ -1,0 +1,101 @@
+"""Lockstep: the recorded step durations and delivery order of a real engine, fed into a simulated one.
+
+Everything else (schedule, prefix hits, preemptions, transfers) the simulated engine must then do by itself in the same
+way, plan by plan; the first turn where it does not is reported.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import simpy
+
+from cluster.latency import StepShape
+from cluster.request import Answer
+from cluster.vocabulary import ExecutorSpec
+from flowserve.core.messages import Message
+from flowserve.core.record import PlanRecord, TurnRecord
+from flowserve.core.scheduler import EngineConfig
+from flowserve.core.shell import Outbox, TaskExecutor
+from sim.executor import SimExecutor
+
+
+class Difference(NamedTuple):
+    """The first turn (index in the record) that came out differently."""
+
+    turn: int
+    what: str
+    recorded: object
+    simulated: object
+
+
+class Lockstep:
+    """One simulated executor driven by the record of a real one. `compared`: turns that came out the same so far."""
+
+    def __init__(
+        self,
+        name: str,
+        spec: ExecutorSpec,
+        config: EngineConfig,
+        turns: Sequence[TurnRecord],
+        answers: dict[int, Answer],
+        report_period_ns: int,
+    ) -> None:
+        self._env = simpy.Environment()
+        self._turns = [
+            (number, turn, turns[number + 1].start_ns if number + 1 < len(turns) else turn.end_ns)
+            for number, turn in enumerate(turns)
+            if turn.plan is not None or turn.messages
+        ]
+        self.compared = 0
+        self.difference: Difference | None = None
+        self._injected = False
+        shell = TaskExecutor(name, spec, config, (), report_period_ns)
+        self.executor = SimExecutor(self._env, shell, self, answers, self._compare, coalesce=False)
+        busy = False
+        for _, turn, _ in self._turns:
+            if turn.messages:
+                # In the middle of a step a message is taken at its end; an idle engine takes it at once.
+                at = turn.start_ns - 1 if busy else turn.start_ns
+                self._env.timeout(at).callbacks.append(partial(self._inject, turn.messages))
+            busy = turn.plan is not None
+
+    def run(self) -> Difference | None:
+        """Simulate the whole record; None if every turn came out the same."""
+        while self.difference is None and self.compared < len(self._turns):
+            if self._env.peek() == float("inf"):
+                number, turn, _ = self._turns[self.compared]
+                return Difference(number, "the simulation has nothing to do", turn.plan, None)
+            self._env.step()
+        return self.difference
+
+    def step_ns(self, shape: StepShape) -> int:
+        """As long as the recorded step took, until the engine looked at its messages again."""
+        if self.compared >= len(self._turns):
+            return 1
+        _, _, next_start = self._turns[self.compared]
+        return max(1, next_start - int(self._env.now))
+
+    def _inject(self, messages: list[Message], _: simpy.Event) -> None:
+        self._injected = True
+        self.executor.receive(*messages)
+
+    def _compare(self, outbox: Outbox) -> None:
+        in_flight = self.executor.shell.core.in_flight
+        plan = PlanRecord.of(in_flight[-1]) if in_flight else None
+        if plan is None and not self._injected:
+            return  # a load report was due
+        self._injected = False
+        if self.compared >= len(self._turns) or self.difference is not None:
+            return
+        number, turn, _ = self._turns[self.compared]
+        transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
+        for what, recorded, simulated in (
+            ("plan", turn.plan, plan),
+            ("preemptions", turn.preemptions, self.executor.shell.core.preemptions),
+            ("transfers", turn.transfers, transfers),
+        ):
+            if recorded != simulated:
+                self.difference = Difference(number, what, recorded, simulated)
+                return
+        self.compared += 1
