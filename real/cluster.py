@@ -1,0 +1,372 @@
+"""The real cluster: engine processes on this machine, behind the seam."""
+
+import heapq
+import itertools
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from cluster import events as ev
+from cluster.actions import (
+    AbortTask,
+    Action,
+    DispatchTask,
+    DrainExecutor,
+    EndRequest,
+    EndRun,
+    LaunchExecutor,
+    RetireExecutor,
+    SetTimer,
+    SubmitRequest,
+)
+from cluster.relay import relayed
+from cluster.request import Task
+from cluster.seam import Cluster
+from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost
+from flowserve.core.scheduler import EngineConfig
+from flowserve.runtime import wire
+from flowserve.runtime.runner import KvHandle, Sampling
+from real.frontend import Frontend
+from real.process import EngineProcess
+
+
+class Engine(msgspec.Struct, frozen=True):
+    """What stands behind one kind of executor: engine limits and the device."""
+
+    engine: EngineConfig
+    device: wire.NullDevice | wire.TorchDevice
+
+
+class _Executor:
+    __slots__ = ("crash", "handle", "launched", "process", "ready", "spec", "tasks")
+
+    def __init__(self, spec: ExecutorSpec, process: EngineProcess, launched: int) -> None:
+        self.spec = spec
+        self.process = process
+        self.launched = launched
+        self.ready = False
+        self.handle: KvHandle | None = None
+        self.crash: str | None = None
+        self.tasks: dict[int, tuple[str, Task]] = {}
+
+
+class RealCluster(Cluster):
+    """Executors as processes. Time is the monotonic clock since construction; one thread, the caller's.
+
+    `engine_for`: what an executor spec runs. `vocab_for`: vocabulary size of a model. `log_dir`: where engine processes
+    write what they print, and with `record` every turn of their loops (`NAME.turns.jsonl`). `pin`: give each engine
+    process one CPU of its own in turn.
+    """
+
+    STOP_TIMEOUT_S = 5.0
+
+    def __init__(
+        self,
+        actors: Sequence[str],
+        engine_for: Callable[[ExecutorSpec], Engine],
+        vocab_for: Callable[[str], int],
+        sampling: Sampling | None = None,
+        report_period_s: float = 1.0,
+        log_dir: Path | None = None,
+        record: bool = False,
+        keep_outputs: bool = False,
+        pin: bool = False,
+    ) -> None:
+        self._engine_for = engine_for
+        self._vocab_for = vocab_for
+        self._sampling = sampling or Sampling()
+        self._report_to = tuple(actor for actor in actors if actor != "client")
+        self._report_period_ns = to_ns(report_period_s)
+        self._log_dir = log_dir
+        self._record = record
+        self._keep_outputs = keep_outputs
+        self._cpus = itertools.cycle(sorted(os.sched_getaffinity(0))) if pin else None
+        self._executors: dict[str, _Executor] = {}
+        self._leaving: list[EngineProcess] = []
+        self._frontends: dict[str, Frontend] = {}
+        self._frontend_of: dict[int, Frontend] = {}
+        self._timers: list[tuple[int, int, SetTimer]] = []
+        self._order = itertools.count()
+        self._ended = False
+        # The socket lives in a private folder that goes with us.
+        self._folder = tempfile.TemporaryDirectory(prefix="deepflow-")
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._address = f"ipc://{self._folder.name}/engines"
+        self._socket.bind(self._address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._start_ns = time.monotonic_ns()
+        self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
+
+    # -- the seam -------------------------------------------------------------------------------------------------
+
+    def submit(self, action: Action) -> None:
+        match action:
+            case DispatchTask():
+                self._dispatch(action)
+            case SetTimer():
+                heapq.heappush(self._timers, (action.at_ns, next(self._order), action))
+            case AbortTask():
+                self._send(action.executor, wire.Deliver(Abort(action.task_id)))
+            case LaunchExecutor():
+                self._launch(action)
+            case DrainExecutor():
+                self._send(action.executor, wire.Deliver(Drain()))
+            case RetireExecutor():
+                self._retire(action.executor)
+            case EndRun():
+                self._ended = True
+            case _:
+                self._relay(action)
+
+    def next_event(self) -> ev.Event | None:
+        while not self._ended:
+            now = self.now()
+            due = self._timers[0][0] if self._timers else None
+            if due is not None and due <= now:
+                self._wait(0)  # a client that is late with its timers must not keep what engines say waiting
+            elif not self._events:
+                self._wait(None if due is None else due - now)
+            if self._events and (due is None or due > min(now, self._events[0].time)):
+                return msgspec.structs.replace(self._events.popleft(), time=self.now())
+            if due is not None and due <= now:
+                at, _, timer = heapq.heappop(self._timers)
+                return ev.TimerFired(to=timer.actor, time=now, occurred=max(0, at), name=timer.name)
+        return None
+
+    def close(self) -> None:
+        if self._context.closed:
+            return
+        self._ended = True
+        for name, executor in self._executors.items():
+            self._stop(name, executor)
+        deadline = time.monotonic() + self.STOP_TIMEOUT_S
+        for process in [executor.process for executor in self._executors.values()] + self._leaving:
+            process.close(max(0.0, deadline - time.monotonic()))
+        self._executors.clear()
+        self._leaving.clear()
+        self._socket.close()
+        self._context.term()
+        self._folder.cleanup()
+
+    # -- beside the seam ------------------------------------------------------------------------------------------
+
+    def now(self) -> int:
+        """ns since the start of the run."""
+        return time.monotonic_ns() - self._start_ns
+
+    def outputs(self) -> dict[int, list[int]]:
+        """Tokens by request id: of open requests, and of all with `keep_outputs`."""
+        return {number: tokens for frontend in self._frontends.values() for number, tokens in frontend.outputs.items()}
+
+    def process_ids(self) -> dict[str, int]:
+        """Process id of each executor."""
+        return {name: executor.process.pid for name, executor in self._executors.items()}
+
+    # -- requests and tasks ---------------------------------------------------------------------------------------
+
+    def _open(self, action: SubmitRequest) -> None:
+        model = action.request.model
+        if model not in self._frontends:
+            self._frontends[model] = Frontend(self._vocab_for(model), self._sampling, self._keep_outputs)
+        self._frontend_of[action.request.request_id] = self._frontends[model]
+        self._frontends[model].open(action.request, action.answer)
+
+    def _relay(self, action: Action) -> None:
+        if isinstance(action, SubmitRequest):
+            self._open(action)
+        elif isinstance(action, EndRequest):
+            self._frontend_of.pop(action.request_id).close(action.request_id)
+        event = relayed(action, self.now())
+        assert event is not None
+        self._emit(event)
+
+    def _dispatch(self, action: DispatchTask) -> None:
+        task, executor = action.task, self._executors.get(action.executor)
+        if executor is None or not executor.ready:
+            self._lose(action.executor, action.job_executor, task)
+            return
+        executor.tasks[task.task_id] = (action.job_executor, task)
+        payload = self._frontend_of[task.request.request_id].payload(task)
+        self._send(action.executor, wire.Deliver(Dispatch(action.job_executor, task), payload=payload))
+
+    def _lose(self, executor: str, job_executor: str, task: Task) -> None:
+        now, frontend = self.now(), self._frontend_of[task.request.request_id]
+        frontend.close_task(task.task_id)
+        self._emit(
+            ev.TaskFailed(
+                to=job_executor,
+                time=now,
+                occurred=now,
+                request_id=task.request.request_id,
+                task_id=task.task_id,
+                executor=executor,
+                reason=FailureReason.EXECUTOR_LOST,
+                generated=frontend.generated(task.request.request_id),
+            )
+        )
+
+    # -- executors ------------------------------------------------------------------------------------------------
+
+    def _launch(self, action: LaunchExecutor) -> None:
+        name, engine = action.executor, self._engine_for(action.spec)
+        if engine.engine.max_in_flight != 1:
+            raise ValueError(
+                f"engine.max_in_flight is {engine.engine.max_in_flight}: real engines complete each plan before they "
+                "schedule the next, so allowed is 1 (the simulator takes more)"
+            )
+        folder = self._log_dir
+        setup = wire.EngineSetup(
+            executor=name,
+            spec=action.spec,
+            engine=engine.engine,
+            device=engine.device,
+            address=self._address,
+            start_ns=self._start_ns,
+            report_to=self._report_to,
+            report_period_ns=self._report_period_ns,
+            parent=os.getpid(),
+            cpu=None if self._cpus is None else next(self._cpus),
+            record=str(folder / f"{name}.turns.jsonl") if folder is not None and self._record else None,
+        )
+        launched = self.now()
+        process = EngineProcess(setup, None if folder is None else folder / f"{name}.log")
+        self._executors[name] = _Executor(action.spec, process, launched)
+        self._poller.register(process.sentinel, zmq.POLLIN)
+
+    def _retire(self, name: str) -> None:
+        executor = self._executors.pop(name, None)
+        if executor is None:
+            return
+        self._stop(name, executor)
+        self._poller.unregister(executor.process.sentinel)
+        for gone in [process for process in self._leaving if process.ended]:
+            gone.close(0)
+            self._leaving.remove(gone)
+        self._leaving.append(executor.process)
+        self._lose_tasks(name, executor)
+        now = self.now()
+        self._emit(ev.ExecutorRetired(to="cm", time=now, occurred=now, executor=name))
+
+    def _stop(self, name: str, executor: _Executor) -> None:
+        if executor.ready:
+            self._send(name, wire.Stop())
+        else:
+            executor.process.kill()  # it may not listen yet
+
+    def _died(self, name: str) -> None:
+        executor = self._executors.pop(name)
+        self._poller.unregister(executor.process.sentinel)
+        reason = executor.crash or executor.process.how_it_ended()
+        executor.process.close(self.STOP_TIMEOUT_S)
+        self._lose_tasks(name, executor)
+        now = self.now()
+        self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=name, reason=reason))
+
+    def _lose_tasks(self, name: str, executor: _Executor) -> None:
+        for job_executor, task in executor.tasks.values():
+            self._lose(name, job_executor, task)
+        for other in self._executors:
+            self._send(other, wire.Deliver(PeerLost(name)))
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def _wait(self, timeout_ns: int | None) -> None:
+        """Wait for a message or the end of a process, at most until the next timer."""
+        if timeout_ns and timeout_ns < 1_000_000:  # finer than the poller's milliseconds
+            if not self._socket.poll(0):
+                time.sleep(timeout_ns / 1e9)
+            timeout_ns = 0
+        ready = dict(self._poller.poll(None if timeout_ns is None else timeout_ns // 1_000_000))
+        if self._socket in ready:
+            self._read()
+        for name, executor in list(self._executors.items()):
+            if executor.process.sentinel in ready:
+                self._read()  # its last words come before its end
+                self._died(name)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                name, body = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._received(name.decode(), wire.decode_from_engine(body))
+
+    def _received(self, name: str, message: wire.FromEngine) -> None:
+        executor = self._executors.get(name)
+        if executor is None:
+            return  # retired: nothing it says counts any more
+        match message:
+            case wire.Output():
+                self._output(name, executor, message)
+            case wire.StageDone():
+                if message.stage is Stage.TE_PRE_LOAD:
+                    born = message.at_ns - message.took_ns
+                    self._stage(name, Stage.SCALER_PRE, born, born - executor.launched)
+                self._stage(name, message.stage, message.at_ns, message.took_ns)
+            case wire.Ready():
+                self._ready(name, executor, message)
+            case wire.Crashed():
+                executor.crash = message.reason
+
+    def _output(self, name: str, executor: _Executor, output: wire.Output) -> None:
+        for task_id, index, token in output.tokens:
+            job_executor_and_task = executor.tasks.get(task_id)
+            if job_executor_and_task is not None:
+                self._frontend_of[job_executor_and_task[1].request.request_id].take(task_id, index, token)
+        for event in output.events:
+            if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
+                executor.tasks.pop(event.task_id, None)
+                frontend = self._frontend_of.get(event.request_id)
+                if frontend is not None:
+                    frontend.close_task(event.task_id)
+                    # What the frontend holds is what the client has, whatever the engine thought it had sampled.
+                    event = msgspec.structs.replace(event, generated=frontend.generated(event.request_id))
+            self._emit(event)
+        for other, message in output.peers:
+            self._forward(name, executor, other, message)
+
+    def _forward(self, name: str, executor: _Executor, other: str, message: Message) -> None:
+        if other in self._executors:
+            self._send(other, wire.Deliver(message, handle=executor.handle))
+        elif isinstance(message, KvRequested):
+            self._send(name, wire.Deliver(KvOffered(message.task_id, message.for_task, other, None)))
+
+    def _ready(self, name: str, executor: _Executor, message: wire.Ready) -> None:
+        executor.ready, executor.handle = True, message.handle
+        now, limits = self.now(), self._engine_for(executor.spec).engine
+        self._stage(name, Stage.SCALER_POST, now, now - message.at_ns)
+        self._emit(
+            ev.ExecutorReady(
+                to="cm",
+                time=now,
+                occurred=now,
+                executor=name,
+                spec=executor.spec,
+                kv_blocks=limits.kv_blocks,
+                block_tokens=limits.block_tokens,
+                max_sequences=limits.max_sequences,
+            )
+        )
+
+    def _stage(self, name: str, stage: Stage, at: int, took: int) -> None:
+        self._emit(ev.StageFinished(to="cm", time=at, occurred=at, executor=name, stage=stage, took_ns=took))
+
+    def _send(self, name: str, message: wire.ToEngine) -> None:
+        # An identity that is not connected (yet) would be dropped silently: before Ready, nothing is sent but a stop.
+        self._socket.send_multipart([name.encode(), wire.encode(message)])
+
+    def _emit(self, event: ev.Event) -> None:
+        self._events.append(event)
