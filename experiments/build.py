@@ -1,0 +1,339 @@
+"""From a configuration to the objects of a run: workload, control plane, cluster."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from omegaconf import DictConfig
+
+from cluster.client import Client
+from cluster.control import ControlPlane
+from cluster.job_executor import JobExecutor
+from cluster.manager import ClusterManager, GroupPlan
+from cluster.metrics import Recorder, Slo, Window
+from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.request import Arrival
+from cluster.seam import Cluster
+from cluster.streams import stream
+from cluster.vocabulary import ExecutorSpec, Role
+from experiments.config import build, plain, typed
+from flowserve.core.scheduler import EngineConfig
+from sim.hardware import Hardware, ModelShape
+
+ROLES_THAT_SERVE = (
+    {Role.COLOCATED},
+    {Role.PREFILL, Role.DECODE},
+    {Role.COLOCATED, Role.PREFILL, Role.DECODE},
+    {Role.COLOCATED, Role.DECODE},
+)
+LARGEST_RANDOM_MODEL = 500_000_000
+"""Parameters. Random weights serve to try things out; nobody means to write those of a large model to the disk."""
+
+
+class GroupConfig(msgspec.Struct, frozen=True):
+    """One entry of `fleet.groups`."""
+
+    role: Role
+    executors: int
+    npus: int = 1
+    minimum: int = 0
+    maximum: int = 64
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Single values of the configuration, for their types. Here: its top level."""
+
+    seed: int
+    start_when_ready: bool
+    job_executors: int
+    max_attempts: int
+    max_parked: int
+    warmup_s: float
+    cooldown_s: float
+    profile_max_prompt: int
+    decisions: bool
+    report: bool
+    progress: bool
+    out: str | None
+
+
+class TraceSettings(msgspec.Struct, frozen=True):
+    """The same in `trace`."""
+
+    name: str
+    stand_in: str | None
+    stand_in_rate: float | None
+    start_s: float
+    duration_s: float | None
+    rate: float
+    prompt_scale: float
+    output_scale: float
+    max_prompt_tokens: int | None
+    max_output_tokens: int | None
+    limit: int | None
+    max_tokens: int
+    closed_loop: bool
+
+
+class SimSettings(msgspec.Struct, frozen=True):
+    """The same in `backend=sim`."""
+
+    report_period_s: float
+    coalesce: bool
+
+
+class RealSettings(msgspec.Struct, frozen=True):
+    """The same in `backend=real`."""
+
+    report_period_s: float
+    device: str | None
+    dtype: str
+    threads: int
+    pin: bool
+    record: bool
+    keep_outputs: bool
+    temperature: float
+    step_s: float
+    prefill_token_s: float
+
+
+def check_types(cfg: DictConfig) -> None:
+    """ValueError: a value of the wrong type, or a time below 0, before anything is started."""
+    for node, kind, where in (
+        (cfg, Settings, "config"),
+        (cfg.trace, TraceSettings, "trace"),
+        (cfg.backend, RealSettings if cfg.backend.name == "real" else SimSettings, "backend"),
+    ):
+        typed({field: node[field] for field in kind.__struct_fields__}, kind, where)
+    for field in ("report_period_s", "step_s", "prefill_token_s"):
+        if cfg.backend.get(field, 0.0) < 0:
+            raise ValueError(f"backend.{field} is {cfg.backend[field]}: allowed are seconds from 0 up")
+
+
+class Workload(NamedTuple):
+    """Arrivals, and where they come from, for the report."""
+
+    arrivals: Iterable[Arrival]
+    source: str
+    stand_in: bool
+
+
+def model_name(cfg: DictConfig) -> str:
+    return str(cfg.model.shape.name)
+
+
+def workload(cfg: DictConfig) -> Workload:
+    """The configured trace, cut and scaled; its fitted stand-in where no file is found, which `source` then says."""
+    from traces.catalog import find
+    from traces.synthetic import SyntheticTrace
+    from traces.transforms import ClipLengths, LengthScale, Limit, RateScale, TimeWindow
+
+    trace, model = cfg.trace, model_name(cfg)
+    stand_in = trace.reader is None or (
+        trace.stand_in is not None
+        and not Path(str(trace.reader.path)).is_file()
+        and find(str(trace.reader.path)) is None
+    )
+    arrivals: Iterable[Arrival]
+    if stand_in:
+        span_s = (trace.start_s + (trace.duration_s or 600.0)) * max(trace.rate, 1e-9)
+        arrivals = SyntheticTrace(trace.stand_in, trace.stand_in_rate, span_s, model, cfg.seed, trace.max_tokens)
+        source = f"generated like {trace.stand_in} ({trace.stand_in_rate} requests/s, seed {cfg.seed})"
+        if trace.reader is not None:
+            source += f": a stand-in, because no file {trace.reader.path} was found (set DEEPFLOW_TRACES)"
+    else:
+        arrivals = build(trace.reader, "trace", model=model, max_tokens=trace.max_tokens)
+        source = str(trace.name)
+    if not trace.rate > 0:
+        raise ValueError(f"trace.rate is {trace.rate}: allowed is a factor above 0 (1 keeps the trace's own rate)")
+    if trace.rate != 1:
+        arrivals = RateScale(arrivals, factor=trace.rate)
+    if trace.start_s or trace.duration_s is not None:
+        arrivals = TimeWindow(arrivals, trace.start_s, trace.duration_s)
+    if trace.prompt_scale != 1 or trace.output_scale != 1:
+        arrivals = LengthScale(arrivals, trace.prompt_scale, trace.output_scale)
+    if trace.max_prompt_tokens is not None or trace.max_output_tokens is not None:
+        arrivals = ClipLengths(arrivals, trace.max_prompt_tokens, trace.max_output_tokens)
+    if trace.limit is not None:
+        arrivals = Limit(arrivals, trace.limit)
+    return Workload(arrivals, source, stand_in and trace.reader is not None)
+
+
+def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
+    if cfg.job_executors < 1:
+        raise ValueError(f"job_executors is {cfg.job_executors}: at least one must take requests")
+    return tuple(f"je-{number}" for number in range(cfg.job_executors))
+
+
+def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
+    """The TE groups of `fleet`."""
+    plans: list[GroupPlan] = []
+    for number, node in enumerate(cfg.fleet.groups):
+        group = typed(node, GroupConfig, f"fleet.groups[{number}]")
+        if group.npus < 1:
+            raise ValueError(f"fleet.groups[{number}].npus is {group.npus}: an executor takes at least one")
+        if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
+            raise ValueError(
+                f"fleet.groups[{number}] has zero executors and scaling never adds one: set executors to 1 or more"
+            )
+        spec = ExecutorSpec(model_name(cfg), group.role, group.npus)
+        if any(spec == plan.spec for plan in plans):
+            raise ValueError(f"fleet.groups[{number}] is another group of {group.role} executors: make them one")
+        plans.append(GroupPlan(spec, group.executors, group.minimum, group.maximum))
+    roles = {plan.spec.role for plan in plans}
+    if plans and roles not in ROLES_THAT_SERVE:
+        raise ValueError(
+            f"fleet.groups has only {' and '.join(sorted(roles))} executors, which cannot finish a request: needed are "
+            "colocated ones, or prefill and decode together"
+        )
+    return tuple(plans)
+
+
+def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane:
+    """Client, job executors (each with a policy object of its own) and cluster manager."""
+    names = job_executor_names(cfg)
+    job_executors = []
+    for number, name in enumerate(names):
+        policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {name}"))
+        if not isinstance(policy, DispatchPolicy):
+            raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
+        job_executors.append(JobExecutor(name, number, policy, cfg.max_attempts, cfg.max_parked))
+    scaling = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
+    if not isinstance(scaling, ScalingPolicy):
+        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
+    return ControlPlane(client, job_executors, ClusterManager(groups(cfg), scaling, names), recorder)
+
+
+def objectives(cfg: DictConfig) -> tuple[Slo, Window]:
+    return typed(cfg.slo, Slo, "slo"), Window(cfg.warmup_s, cfg.cooldown_s)
+
+
+def engine_config(cfg: DictConfig, npus: int) -> EngineConfig:
+    """Engine limits; KV cache blocks by what fits where the configuration leaves them open."""
+    from sim.hardware import kv_blocks
+
+    values = plain(cfg.engine)
+    if values["kv_blocks"] is None:
+        hardware, shape = typed(cfg.hardware, Hardware, "hardware"), typed(cfg.model.shape, ModelShape, "model.shape")
+        values["kv_blocks"] = kv_blocks(hardware, shape, npus, values["block_tokens"])
+    return typed(values, EngineConfig, "engine")
+
+
+def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
+    """The configured backend. `folder`: where real engines write their logs."""
+    actors = ["client", *job_executor_names(cfg), "cm"]
+    if cfg.backend.name == "sim":
+        return sim_cluster(cfg, actors)
+    return real_cluster(cfg, actors, folder)
+
+
+def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
+    """What an executor spec runs on in simulation."""
+    from sim.cluster import Node
+    from sim.coldstart import ColdStart
+    from sim.link import Link
+
+    hardware = typed(cfg.hardware, Hardware, "hardware")
+    shape = typed(cfg.model.shape, ModelShape, "model.shape")
+    stages = typed(cfg.coldstart, ColdStart, "coldstart").stages(shape.weight_bytes)
+    nodes: dict[ExecutorSpec, Node] = {}
+
+    def node_for(spec: ExecutorSpec) -> Node:
+        if spec not in nodes:
+            model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
+            nodes[spec] = Node(
+                engine=engine_config(cfg, spec.npus),
+                latency=lambda: model,
+                stages=stages,
+                kv_bytes_per_token=shape.kv_bytes_per_token,
+                kv_segments=2 * shape.layers,
+                contention=hardware.contention,
+                link=lambda: Link(
+                    hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s
+                ),
+            )
+        return nodes[spec]
+
+    for group in groups(cfg):
+        node_for(group.spec)  # a model that does not fit is an error now, not in the middle of the run
+    return node_for
+
+
+def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
+    from sim.cluster import Delays, Failure, SimCluster
+
+    backend = cfg.backend
+    return SimCluster(
+        actors,
+        sim_node(cfg),
+        backend.report_period_s,
+        typed(backend.delays, Delays, "backend.delays"),
+        typed(backend.failures, tuple[Failure, ...], "backend.failures"),
+        backend.coalesce,
+    )
+
+
+def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Cluster:
+    from flowserve.runtime.runner import Sampling
+    from flowserve.runtime.wire import NullDevice, TorchDevice
+    from real.cluster import Engine, RealCluster
+
+    backend = cfg.backend
+    device: NullDevice | TorchDevice
+    if device_name(cfg) == "null":
+        device = NullDevice(backend.step_s, backend.prefill_token_s, cfg.model.shape.vocab)
+    else:
+        device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads)
+    engines = {group.spec: Engine(engine_config(cfg, group.spec.npus), device) for group in groups(cfg)}
+    logs = None
+    if folder is not None:
+        logs = folder / "engines"
+        logs.mkdir(parents=True, exist_ok=True)
+    return RealCluster(
+        actors,
+        engines.__getitem__,
+        lambda _: int(cfg.model.shape.vocab),
+        Sampling(backend.temperature, cfg.seed),
+        backend.report_period_s,
+        logs,
+        record=backend.record,
+        keep_outputs=backend.keep_outputs,
+        pin=backend.pin,
+    )
+
+
+def device_name(cfg: DictConfig) -> str:
+    """What real engines run on. YAML reads an unquoted null, and what a shell leaves of a quoted one, as nothing."""
+    return "null" if cfg.backend.device is None else str(cfg.backend.device)
+
+
+def model_folder(cfg: DictConfig) -> str:
+    """The model's Hugging Face folder; random weights of its shape, made once, where none is named."""
+    if cfg.model.folder is not None:
+        if not (Path(cfg.model.folder) / "config.json").is_file():
+            raise ValueError(f"model.folder is {cfg.model.folder}: there is no config.json of a Hugging Face model")
+        return str(cfg.model.folder)
+    shape = typed(cfg.model.shape, ModelShape, "model.shape")
+    if shape.parameters > LARGEST_RANDOM_MODEL:
+        raise ValueError(
+            f"model {shape.name} has no weights: name a Hugging Face folder with model.folder=DIR, or take "
+            "model=tiny_llama, whose weights are drawn at random"
+        )
+    from flowserve.runtime.checkpoint import LlamaShape, make_checkpoint
+
+    return str(
+        make_checkpoint(
+            shape.name,
+            LlamaShape(
+                hidden_size=shape.hidden,
+                num_layers=shape.layers,
+                num_heads=shape.heads,
+                num_kv_heads=shape.kv_heads,
+                intermediate_size=shape.intermediate,
+                vocab_size=shape.vocab,
+                tie=shape.tied_embeddings,
+            ),
+        )
+    )

@@ -1,0 +1,1 @@
+"""The subcommands of `deepflow`, one module each, with `main(arguments) -> int`."""

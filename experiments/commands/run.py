@@ -1,0 +1,42 @@
+"""`deepflow run`: one experiment."""
+
+from collections import Counter
+
+from experiments.commands.usage import compose_from, wants_help
+from experiments.run import RunResult, run
+from experiments.tables import Row, print_table
+
+USAGE = """usage: deepflow run [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+Runs one experiment and writes requests.parquet, executors.parquet, scaling.parquet, decisions.jsonl, summary.json,
+timeline.json, config.yaml and report.html to a new folder below runs/ (or out=FOLDER), whose path is the last line.
+Exit code 0; 1 if no request finished, 2 for an error in the arguments, 130 after Ctrl-C.
+
+  deepflow run                                             Azure conversations on 4 simulated Ascend 910B2
+  deepflow run fleet=pd_1p1d dispatch=deepflow trace.rate=0.5
+  deepflow run backend=real model=tiny_llama engine=small hardware=cpu trace.duration_s=10 trace.prompt_scale=0.05
+  deepflow run dispatch._target_=my_module.MyPolicy        a policy of your own, by its import path
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if wants_help(arguments, USAGE):
+        return 0
+    cfg = compose_from(arguments)
+    result = run(cfg)
+    print_table([Row(str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1], result.summary)])
+    print(f"trace: {result.source}")
+    for outcome, reason, number in _not_finished(result):
+        print(f"{number} of {len(result.recorder.outcomes)} requests {outcome}{reason and ': ' + reason}")
+    if result.interrupted:
+        print("interrupted: the results hold what happened until then")
+    print(result.folder)
+    if result.interrupted:
+        return 130
+    return 0 if "finished" in result.recorder.outcomes else 1
+
+
+def _not_finished(result: RunResult) -> list[tuple[str, str, int]]:
+    """(outcome, reason, number) of requests that did not finish, the most frequent first, at most five."""
+    pairs = Counter(zip(result.recorder.outcomes, result.recorder.reasons, strict=True))
+    return [(outcome, why, number) for (outcome, why), number in pairs.most_common() if outcome != "finished"][:5]
