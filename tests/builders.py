@@ -1,0 +1,232 @@
+"""Small builders that tests share: requests, tasks, events, and whole runs of the simulated cluster."""
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cluster import events as ev
+from cluster.actions import Action
+from cluster.client import Client
+from cluster.control import ControlPlane
+from cluster.job_executor import JobExecutor
+from cluster.latency import LatencyModel
+from cluster.manager import ClusterManager, GroupPlan
+from cluster.metrics import Recorder
+from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
+from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
+from flowserve.core.scheduler import EngineConfig
+from policies.dispatch.least_outstanding import LeastOutstanding
+from policies.scaling.fixed import Fixed
+from sim.cluster import Delays, Failure, Node, SimCluster
+from sim.executor import SimExecutor
+from sim.latency import Constant
+from sim.link import Link
+
+MODEL = "m"
+
+
+# -- plain data ---------------------------------------------------------------------------------------------------
+
+
+def make_request(
+    request_id: int = 0,
+    prompt: int = 32,
+    limit: int = 64,
+    ids: tuple[int, ...] | None = None,
+    model: str = MODEL,
+) -> Request:
+    return Request(request_id, prompt, limit, model, ids)
+
+
+def make_arrival(
+    request_id: int,
+    at_s: float = 0.0,
+    prompt: int = 32,
+    output: int = 8,
+    limit: int | None = None,
+    ids: tuple[int, ...] | None = None,
+    after: Trigger | None = None,
+    cancel_after_s: float | None = None,
+    model: str = MODEL,
+) -> Arrival:
+    return Arrival(
+        make_request(request_id, prompt, output if limit is None else limit, ids, model),
+        Answer(output),
+        to_ns(at_s),
+        after,
+        None if cancel_after_s is None else to_ns(cancel_after_s),
+    )
+
+
+def make_task(
+    task_id: int = 0,
+    prompt: int = 32,
+    limit: int = 64,
+    kind: TaskKind = TaskKind.SERVE,
+    generated: int = 0,
+    ids: tuple[int, ...] | None = None,
+    source: str | None = None,
+) -> Task:
+    """A task of a request of the same number; a decode task fetches from `source` the KV cache of task 1000 + id."""
+    kv = None if source is None else KvSource(source, 1000 + task_id)
+    return Task(task_id, make_request(task_id, prompt, limit, ids), kind, generated, kv)
+
+
+def make_spec(role: Role = Role.COLOCATED, model: str = MODEL, npus: int = 1) -> ExecutorSpec:
+    return ExecutorSpec(model, role, npus)
+
+
+def chain(*choices: int) -> tuple[int, ...]:
+    """Chained block ids: the n-th id names the first n choices, so equal prefixes have equal ids and others never."""
+    ids, link = [], 1
+    for choice in choices:
+        assert 0 <= choice < 10
+        link = link * 10 + choice
+        ids.append(link)
+    return tuple(ids)
+
+
+# -- events -------------------------------------------------------------------------------------------------------
+
+
+def announced(
+    executor: str,
+    role: Role = Role.COLOCATED,
+    state: ExecutorState = ExecutorState.READY,
+    time: int = 0,
+    to: str = "je-0",
+    model: str = MODEL,
+) -> ev.ExecutorAnnounced:
+    return ev.ExecutorAnnounced(
+        to=to,
+        time=time,
+        occurred=time,
+        executor=executor,
+        spec=make_spec(role, model),
+        state=state,
+        kv_blocks=100,
+        max_sequences=8,
+    )
+
+
+def load_report(
+    executor: str, time: int = 0, to: str = "cm", waiting: int = 0, running: int = 0, free: int = 100, total: int = 100
+) -> ev.LoadReport:
+    return ev.LoadReport(
+        to=to,
+        time=time,
+        occurred=time,
+        executor=executor,
+        waiting=waiting,
+        running=running,
+        waiting_tokens=0,
+        free_blocks=free,
+        cached_blocks=0,
+        total_blocks=total,
+        generated_tokens=0,
+        preemptions=0,
+    )
+
+
+# -- runs of the simulated cluster --------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What a simulated run left behind."""
+
+    recorder: Recorder
+    cluster: SimCluster
+    control: ControlPlane
+    events: list[ev.Event]
+    log: bytes
+    executors: dict[str, SimExecutor]
+    """Those that were still there at the end."""
+
+    @property
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Records of requests by id, each with its columns, outcome and reason."""
+        columns = self.recorder.requests
+        return {
+            request_id: {
+                **{name: column[place] for name, column in columns.items()},
+                "outcome": self.recorder.outcomes[place],
+                "reason": self.recorder.reasons[place],
+                "executor": self.recorder.executors[place],
+            }
+            for place, request_id in enumerate(columns["request_id"])
+        }
+
+    def of(self, *kinds: type) -> list[Any]:
+        """Events of some kinds, in order."""
+        return [event for event in self.events if isinstance(event, kinds)]
+
+
+def no_stages() -> list[tuple[Stage, int]]:
+    return [(stage, 0) for stage in Stage]
+
+
+def run_sim(
+    workload: Iterable[Arrival],
+    *,
+    groups: Sequence[GroupPlan] | None = None,
+    executors: int = 1,
+    engine: EngineConfig | None = None,
+    latency: Callable[[], LatencyModel] = lambda: Constant(0.01),
+    link: Callable[[], Link] = lambda: Link(1e9, 0.0, 0.0),
+    kv_bytes_per_token: int = 1000,
+    kv_segments: int = 1,
+    stages: Sequence[tuple[Stage, int]] | None = None,
+    policy: Callable[[], DispatchPolicy] = LeastOutstanding,
+    scaling: ScalingPolicy | None = None,
+    num_job_executors: int = 1,
+    report_period_s: float = 1.0,
+    delays: Delays | None = None,
+    failures: Sequence[Failure] = (),
+    coalesce: bool = True,
+    closed_loop: bool = True,
+    max_attempts: int = 4,
+    seed: int = 0,
+    watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
+) -> Run:
+    """One run to its end: the real control plane on the simulated cluster."""
+    groups = groups or [GroupPlan(make_spec(), executors, executors, executors)]
+    engine = engine or EngineConfig(kv_blocks=1000)
+    names = tuple(f"je-{number}" for number in range(num_job_executors))
+    client = Client(workload, names, np.random.default_rng(seed), closed_loop)
+    job_executors = [JobExecutor(name, number, policy(), max_attempts) for number, name in enumerate(names)]
+    manager = ClusterManager(tuple(groups), scaling or Fixed(), names)
+    control = ControlPlane(client, job_executors, manager, Recorder())
+    log = io.BytesIO()
+    control.log_to(log)
+    node = Node(
+        engine=engine,
+        latency=latency,
+        stages=no_stages() if stages is None else stages,
+        kv_bytes_per_token=kv_bytes_per_token,
+        kv_segments=kv_segments,
+        link=link,
+    )
+    cluster = SimCluster(
+        ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce
+    )
+    events: list[ev.Event] = []
+    with cluster:
+        while (event := cluster.next_event()) is not None:
+            events.append(event)
+            actions = control.on_event(event)
+            if watch is not None:
+                watch(event, actions, cluster)
+            for action in actions:
+                cluster.submit(action)
+        left = dict(cluster.executors)
+    control.recorder.censor()
+    return Run(control.recorder, cluster, control, events, log.getvalue(), left)
+
+
+def disaggregated(prefill: int = 1, decode: int = 1, colocated: int = 0) -> list[GroupPlan]:
+    """Groups of a disaggregated fleet of fixed size."""
+    sizes = ((Role.PREFILL, prefill), (Role.DECODE, decode), (Role.COLOCATED, colocated))
+    return [GroupPlan(make_spec(role), size, size, size) for role, size in sizes if size]

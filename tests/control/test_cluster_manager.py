@@ -1,0 +1,388 @@
+"""The cluster manager, event by event: how many executors it runs, and how each of them comes and goes."""
+
+from collections.abc import Callable
+
+import pytest
+
+from cluster import events as ev
+from cluster.actions import (
+    Action,
+    AnnounceExecutor,
+    DeclareNoCapacity,
+    DrainExecutor,
+    LaunchExecutor,
+    OpenDoors,
+    RetireExecutor,
+    SetTimer,
+)
+from cluster.manager import ClusterManager, GroupPlan
+from cluster.policy import GroupLoad, ScalingPolicy
+from cluster.vocabulary import NS_PER_S, ExecutorState, Role
+from policies.scaling.fixed import Fixed
+from policies.scaling.target_utilisation import TargetUtilisation
+from tests.builders import MODEL, load_report, make_spec
+
+
+class Wish(ScalingPolicy):
+    """Wants what the test says; notes what it was shown."""
+
+    def __init__(self, wanted: int, period_s: float | None = 1.0) -> None:
+        self.wanted = wanted
+        self.period_s = period_s
+        self.shown: list[GroupLoad] = []
+
+    def desired(self, load: GroupLoad, now_ns: int) -> int:
+        self.shown.append(load)
+        return self.wanted
+
+
+class Office:
+    """A cluster manager with events fed by hand; whatever it launches can be made ready or let fail."""
+
+    def __init__(
+        self,
+        policy: ScalingPolicy | None = None,
+        groups: tuple[GroupPlan, ...] | None = None,
+        job_executors: tuple[str, ...] = ("je-0",),
+        initial: int = 2,
+        minimum: int = 1,
+        maximum: int = 9,
+        max_launch_failures: int = 3,
+    ) -> None:
+        groups = groups or (GroupPlan(make_spec(), initial, minimum, maximum),)
+        self.cm = ClusterManager(groups, policy or Fixed(), job_executors, max_launch_failures)
+        self.now = 0
+        self.last: list[Action] = []
+        self.specs: dict[str, LaunchExecutor] = {}
+        self.hear(ev.RunStarted(to="cm", time=0, occurred=0))
+
+    def hear(self, event: ev.Event) -> list[Action]:
+        self.last = self.cm.on_event(event)
+        for action in self.last:
+            if isinstance(action, LaunchExecutor):
+                assert action.executor not in self.specs, "a name was used twice"
+                self.specs[action.executor] = action
+        return self.last
+
+    def ready(self, *names: str) -> list[Action]:
+        for name in names:
+            self.hear(
+                ev.ExecutorReady(
+                    to="cm",
+                    time=self.now,
+                    occurred=self.now,
+                    executor=name,
+                    spec=self.specs[name].spec,
+                    kv_blocks=100,
+                    block_tokens=16,
+                    max_sequences=8,
+                )
+            )
+        return self.last
+
+    def failed(self, name: str, reason: str = "broken") -> list[Action]:
+        return self.hear(ev.ExecutorFailed(to="cm", time=self.now, occurred=self.now, executor=name, reason=reason))
+
+    def drained(self, name: str) -> list[Action]:
+        return self.hear(ev.ExecutorDrained(to="cm", time=self.now, occurred=self.now, executor=name))
+
+    def retired(self, name: str) -> list[Action]:
+        return self.hear(ev.ExecutorRetired(to="cm", time=self.now, occurred=self.now, executor=name))
+
+    def tick(self, seconds: float = 1.0) -> list[Action]:
+        self.now += round(seconds * NS_PER_S)
+        return self.hear(ev.TimerFired(to="cm", time=self.now, occurred=self.now, name="scale"))
+
+    def demand(self, parked: int, model: str = MODEL) -> list[Action]:
+        return self.hear(ev.DemandReported(to="cm", time=self.now, occurred=self.now, model=model, parked=parked))
+
+    def launched(self) -> list[str]:
+        return [action.executor for action in self.last if isinstance(action, LaunchExecutor)]
+
+    def draining(self) -> list[str]:
+        return [action.executor for action in self.last if isinstance(action, DrainExecutor)]
+
+
+def announcement(
+    name: str, state: ExecutorState, to: str = "je-0", role: Role = Role.COLOCATED, blocks: int = 100, places: int = 8
+) -> AnnounceExecutor:
+    return AnnounceExecutor(to, name, make_spec(role), state, blocks, places)
+
+
+# -- start ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_with_the_initial_executors() -> None:
+    """Each group is launched at its initial size; without a period no timer is set."""
+    groups = (GroupPlan(make_spec(Role.PREFILL), 2, 1, 4), GroupPlan(make_spec(Role.DECODE, npus=4), 1, 1, 4))
+    office = Office(groups=groups)
+    assert office.last == [
+        LaunchExecutor("te-0", make_spec(Role.PREFILL)),
+        LaunchExecutor("te-1", make_spec(Role.PREFILL)),
+        LaunchExecutor("te-2", make_spec(Role.DECODE, npus=4)),
+    ]
+
+
+def test_a_policy_with_a_period_is_asked_again_and_again() -> None:
+    """Every timer sets the next, one period on."""
+    office = Office(Wish(2, period_s=2.5))
+    assert office.last[-1] == SetTimer("cm", "scale", 2_500_000_000)
+    assert office.tick(2.5) == [SetTimer("cm", "scale", 5_000_000_000)]
+
+
+def test_a_ready_executor_is_announced_to_every_job_executor() -> None:
+    """With what it can hold; and when all are ready the doors open, once."""
+    office = Office(job_executors=("je-0", "je-1"))
+    announced = [announcement("te-1", ExecutorState.READY, to) for to in ("je-0", "je-1")]
+    assert office.ready("te-1") == announced
+    assert office.ready("te-0")[-1] == OpenDoors()
+    office.failed("te-0")
+    assert office.ready("te-2") == [announcement("te-2", ExecutorState.READY, to) for to in ("je-0", "je-1")]
+
+
+def test_doors_open_though_not_everything_started() -> None:
+    """When launches are given up, or not repeated, clients are let in with what there is."""
+    office = Office(max_launch_failures=1)
+    office.ready("te-0")
+    assert office.failed("te-1") == [OpenDoors()]
+    office = Office(TargetUtilisation(), minimum=0, initial=1)
+    assert office.failed("te-0") == [OpenDoors()]
+    office = Office(groups=(GroupPlan(make_spec(), 0, 0, 4),))
+    assert office.last == [OpenDoors()]
+    groups = (GroupPlan(make_spec(Role.PREFILL), 1, 1, 1), GroupPlan(make_spec(Role.DECODE), 1, 1, 1))
+    office = Office(groups=groups, max_launch_failures=1)
+    office.ready("te-0")
+    assert office.failed("te-1")[-1] == OpenDoors()
+
+
+# -- size -----------------------------------------------------------------------------------------------------------
+
+
+def test_executors_on_their_way_count() -> None:
+    """What is launching is not launched again: each tick asks for the difference only."""
+    wish = Wish(2)
+    office = Office(wish)
+    office.ready("te-0", "te-1")
+    wish.wanted = 5
+    office.tick()
+    assert office.launched() == ["te-2", "te-3", "te-4"]
+    office.tick()
+    assert office.launched() == []
+    assert (wish.shown[-1].ready, wish.shown[-1].pending) == (2, 3)
+    wish.wanted = 6
+    office.tick()
+    assert office.launched() == ["te-5"]
+
+
+def test_limits_bind_the_policy() -> None:
+    """Wishes below the minimum or above the maximum are cut."""
+    wish = Wish(100)
+    office = Office(wish, initial=2, minimum=2, maximum=4)
+    office.ready("te-0", "te-1")
+    office.tick()
+    assert office.launched() == ["te-2", "te-3"]
+    office.ready("te-2", "te-3")
+    wish.wanted = -5
+    office.tick()
+    assert office.draining() == ["te-2", "te-3"]
+
+
+def test_on_the_way_down_the_newest_are_drained_first() -> None:
+    """Announced as draining, drained, retired, forgotten: in this order, and each once."""
+    wish = Wish(3)
+    office = Office(wish, initial=3)
+    office.ready("te-0", "te-1", "te-2")
+    wish.wanted = 1
+    office.tick()
+    assert office.last[:-1] == [
+        announcement("te-1", ExecutorState.DRAINING),
+        DrainExecutor("te-1"),
+        announcement("te-2", ExecutorState.DRAINING),
+        DrainExecutor("te-2"),
+    ]
+    office.tick()
+    assert office.draining() == []
+    assert wish.shown[-1].draining == 2
+    assert office.drained("te-2") == [RetireExecutor("te-2")]
+    assert office.retired("te-2") == []
+    office.tick()
+    assert wish.shown[-1].draining == 1
+    assert office.drained("te-2") == []
+
+
+def test_executors_on_their_way_do_not_push_out_those_that_serve() -> None:
+    """Fewer wanted while some still start: those that serve stay, the late ones are drained when they are ready."""
+    wish = Wish(2)
+    office = Office(wish)
+    office.ready("te-0", "te-1")
+    wish.wanted = 4
+    office.tick()
+    wish.wanted = 2
+    office.tick()
+    assert office.draining() == []
+    office.ready("te-2", "te-3")
+    office.tick()
+    assert office.draining() == ["te-2", "te-3"]
+
+
+def test_draining_executors_do_not_count() -> None:
+    """While one drains, a new wish for more launches another: what drains is not taken back."""
+    wish = Wish(2)
+    office = Office(wish)
+    office.ready("te-0", "te-1")
+    wish.wanted = 1
+    office.tick()
+    wish.wanted = 2
+    office.tick()
+    assert office.launched() == ["te-2"]
+
+
+def test_the_policy_sees_the_latest_reports() -> None:
+    """Sums over the ready executors that reported; capacity over all ready ones; strangers are ignored."""
+    wish = Wish(3)
+    office = Office(wish, initial=3)
+    office.ready("te-0", "te-1")
+    office.hear(load_report("te-0", 1, waiting=9, running=9, free=1))
+    office.hear(load_report("te-0", 2, waiting=2, running=3, free=60))
+    office.hear(load_report("te-1", 2, waiting=1, running=1, free=90))
+    office.hear(load_report("te-2", 2, waiting=50, running=50, free=0))
+    office.hear(load_report("te-77", 2, waiting=50, running=50, free=0))
+    office.demand(4)
+    assert wish.shown[-1] == GroupLoad(
+        model=MODEL,
+        role=Role.COLOCATED,
+        initial=3,
+        ready=2,
+        pending=1,
+        draining=0,
+        waiting=3,
+        running=4,
+        kv_used=50,
+        kv_total=200,
+        max_sequences=16,
+        parked=4,
+    )
+
+
+def test_demand_is_acted_on_at_once() -> None:
+    """Requests that wait for any executor do not wait for the next tick; demand that is over asks nothing."""
+    office = Office(TargetUtilisation(period_s=60.0), groups=(GroupPlan(make_spec(), 0, 0, 2),))
+    office.demand(1)
+    assert office.launched() == ["te-0"]
+    assert office.demand(2) == []
+    assert office.demand(0) == []
+
+
+# -- deaths ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_executor_is_announced_and_replaced() -> None:
+    """Ready or draining, job executors hear that it is gone; the policy decides about another."""
+    office = Office(job_executors=("je-0", "je-1"))
+    office.ready("te-0", "te-1")
+    assert office.failed("te-1") == [
+        announcement("te-1", ExecutorState.GONE, "je-0"),
+        announcement("te-1", ExecutorState.GONE, "je-1"),
+        LaunchExecutor("te-2", make_spec()),
+    ]
+    assert office.failed("te-1") == []
+
+
+def test_a_failed_launch_is_repeated() -> None:
+    """Nobody was told of it, so nobody is told that it is gone."""
+    office = Office()
+    assert office.failed("te-1") == [LaunchExecutor("te-2", make_spec())]
+
+
+def test_launches_are_given_up_after_so_many_failures_in_a_row() -> None:
+    """Then waiting requests are let know, with the last reason, and no more are launched."""
+    office = Office(initial=1, job_executors=("je-0", "je-1"))
+    assert office.failed("te-0", "a") == [LaunchExecutor("te-1", make_spec())]
+    office.failed("te-1", "b")
+    said = "no executor for m could be launched: c"
+    assert office.failed("te-2", "c") == [
+        DeclareNoCapacity("je-0", MODEL, said),
+        DeclareNoCapacity("je-1", MODEL, said),
+        OpenDoors(),
+    ]
+    assert office.demand(3) == [DeclareNoCapacity("je-0", MODEL, said), DeclareNoCapacity("je-1", MODEL, said)]
+
+
+def test_a_success_forgives_failures() -> None:
+    """Failures count in a row: an executor that gets ready ends the row."""
+    office = Office(initial=1)
+    office.failed("te-0")
+    office.failed("te-1")
+    office.ready("te-2")
+    office.failed("te-2")
+    assert office.launched() == ["te-3"]
+    office.failed("te-3")
+    assert office.launched() == ["te-4"]
+
+
+def test_while_others_serve_nobody_is_sent_away() -> None:
+    """Launches given up, but one executor serves: requests may wait for it; when it dies, or is retired, they fail."""
+    wish = Wish(2)
+    for last_word in (lambda office: office.failed("te-0"), lambda office: office.retired("te-0")):
+        wish.wanted = 2
+        office = Office(wish, minimum=0)
+        office.ready("te-0")
+        for number in (1, 2, 3):
+            office.failed(f"te-{number}")
+            assert not any(isinstance(action, DeclareNoCapacity) for action in office.last)
+        assert office.demand(2) == []
+        last_word(office)
+        assert [action for action in office.last if isinstance(action, DeclareNoCapacity)] == [
+            DeclareNoCapacity("je-0", MODEL, "no executor for m could be launched: broken")
+        ]
+
+
+def test_prefill_without_decode_serves_nobody() -> None:
+    """A disaggregated model needs both roles, unless there is a colocated group too."""
+    pair = (GroupPlan(make_spec(Role.PREFILL), 1, 1, 1), GroupPlan(make_spec(Role.DECODE), 1, 1, 1))
+    office = Office(groups=pair, max_launch_failures=1)
+    office.ready("te-0")
+    office.failed("te-1")
+    assert any(isinstance(action, DeclareNoCapacity) for action in office.last)
+    office = Office(groups=(*pair, GroupPlan(make_spec(), 1, 1, 1)), max_launch_failures=1)
+    office.failed("te-1")
+    assert office.last == []
+
+
+def test_a_model_without_a_group_has_no_capacity() -> None:
+    """Demand for a model that no group serves is answered at once."""
+    office = Office()
+    said = "no executor for other could be launched: no group of executors serves it"
+    assert office.demand(1, "other") == [DeclareNoCapacity("je-0", "other", said)]
+
+
+def test_an_unused_executor_that_dies_while_draining_is_not_replaced() -> None:
+    """Fewer were wanted; its death only speeds that up."""
+    wish = Wish(2)
+    office = Office(wish)
+    office.ready("te-0", "te-1")
+    wish.wanted = 1
+    office.tick()
+    assert office.failed("te-1") == [announcement("te-1", ExecutorState.GONE)]
+    assert office.drained("te-1") == []
+
+
+# -- user errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: GroupPlan(make_spec(), 1, 2, 3), "initial 1, minimum 2, maximum 3"),
+        (lambda: GroupPlan(make_spec(), 4, 2, 3), "needed is 0 <= minimum <= initial <= maximum"),
+        (lambda: GroupPlan(make_spec(), 1, -1, 3), "minimum -1"),
+        (lambda: GroupPlan(make_spec(), 0, 0, 0), "zero executors"),
+        (lambda: ClusterManager((), Fixed(), ("je-0",)), "no executors: name at least one group"),
+        (lambda: Office(Wish(1, period_s=0.0)), "scaling period is 0.0 s"),
+        (lambda: Fixed(-1), "scaling.executors is -1"),
+    ],
+)
+def test_bad_sizes_are_named(make: Callable[[], object], named: str) -> None:
+    """A plan that cannot be is refused with its values and what is needed."""
+    with pytest.raises(ValueError, match=named):
+        make()

@@ -1,0 +1,355 @@
+"""The engine core under random use: whatever is added, aborted, fetched, stopped or preempted, in whichever order.
+
+Beside the engine runs a model of what the KV cache contains: every computed position is written into its block, and
+before a position is computed the whole context in front of it must be in the blocks of the sequence. So a block that is
+shared, freed, evicted or handed out wrongly shows as a wrong context.
+"""
+
+import copy
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cluster import identity
+from cluster.request import Task
+from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
+from flowserve.core.plan import Fetch, Plan
+from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.sequence import Sequence, Status
+from tests.builders import chain, make_task
+
+KINDS = (TaskKind.SERVE, TaskKind.SERVE, TaskKind.SERVE, TaskKind.PREFILL, TaskKind.DECODE)
+
+
+def state_of(core: EngineCore) -> Any:
+    """Everything that two engines in the same state have in common, block tables and free blocks included."""
+
+    def sequence_state(sequence: Sequence) -> tuple[Any, ...]:
+        return (
+            sequence.task_id,
+            sequence.status,
+            sequence.position,
+            sequence.generated,
+            tuple(sequence.blocks),
+            tuple(sequence.duplicates),
+            sequence.tree_blocks,
+            sequence.limit,
+            tuple(sequence.runs),
+            sequence.preemptions,
+        )
+
+    return {
+        "sequences": [sequence_state(core.sequence(task_id)) for task_id in core._sequences],  # type: ignore[arg-type]
+        "plans": [(p.number, p.clock, p.shape, [s.task_id for s in p.sampling], len(p.last)) for p in core.in_flight],
+        "free": list(core.rtc.allocator.free_blocks()),
+        "cache": sorted((tuple(node.ids), tuple(node.blocks), node.locks) for node in core.rtc.nodes()),
+        "counts": (core.num_waiting, core.num_running, core.waiting_tokens, core.preemptions, core.rtc.evicted_blocks),
+        "clock": (core.clock.issued, core.clock.done),
+        "held": list(core.held),
+        "room": (core.rtc.available, core.rtc.cached_blocks),
+    }
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """One engine, its driver, and what the driver must see."""
+
+    @initialize(
+        kv_blocks=st.integers(2, 12),
+        block_tokens=st.sampled_from([16, 32]),
+        max_sequences=st.integers(1, 4),
+        spare_budget=st.integers(0, 60),
+        depth=st.integers(1, 3),
+        watermark=st.sampled_from([0.0, 0.0, 0.2]),
+        prefix_cache=st.sampled_from([True, True, True, False]),
+    )
+    def start(
+        self,
+        kv_blocks: int,
+        block_tokens: int,
+        max_sequences: int,
+        spare_budget: int,
+        depth: int,
+        watermark: float,
+        prefix_cache: bool,
+    ) -> None:
+        budget = max_sequences + spare_budget
+        self.config = EngineConfig(kv_blocks, block_tokens, budget, max_sequences, depth, watermark, prefix_cache)
+        self.core = EngineCore(self.config)
+        self.tasks: dict[int, Task] = {}
+        self.ids: dict[int, identity.BlockIds] = {}
+        self.state: dict[int, str] = {}
+        self.tokens: dict[int, int] = {}
+        self.next_position: dict[int, int | None] = {}
+        self.preempted: dict[int, int] = {}
+        self.fetches: dict[int, Fetch] = {}
+        self.kv: dict[tuple[int, int], Any] = {}
+        self.written: dict[int, set[int]] = {}
+        self.plans = 0
+
+    # -- the model ------------------------------------------------------------------------------------------------
+
+    def ends(self, task_id: int, how: str) -> None:
+        """Every task ends once."""
+        assert self.state[task_id] in ("live", "held"), f"{task_id} ended as {self.state[task_id]}, then as {how}"
+        self.state[task_id] = how
+
+    def content(self, sequence: Sequence, position: int) -> Any:
+        ids, block = self.ids[sequence.task_id], position // BLOCK_TOKENS
+        return (ids[block] if block < len(ids) else ("own", sequence.task_id, block), position % BLOCK_TOKENS)
+
+    def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return sequence.blocks[position // self.config.block_tokens], position % self.config.block_tokens
+
+    def context_is_there(self, sequence: Sequence, tokens: int) -> None:
+        for position in range(tokens):
+            assert self.kv.get(self.place(sequence, position)) == self.content(sequence, position)
+
+    def compute(self, plan: Plan, sequence: Sequence, start: int, count: int) -> None:
+        """The device computes positions, in order, once each, on top of the right context, in blocks of its own."""
+        expected = self.next_position[sequence.task_id]
+        if expected is None:  # just admitted: what is cached here is skipped, the last token never
+            assert start % self.config.block_tokens == 0
+            assert start < sequence.target
+            expected = start
+        assert start == expected
+        assert count >= 1
+        self.context_is_there(sequence, start)
+        for position in range(start, start + count):
+            assert position // self.config.block_tokens >= sequence.tree_blocks, "writes into a shared block"
+            self.kv[self.place(sequence, position)] = self.content(sequence, position)
+            self.written[plan.number].add(sequence.blocks[position // self.config.block_tokens])
+        self.next_position[sequence.task_id] = start + count
+
+    # -- what the driver does -------------------------------------------------------------------------------------
+
+    @rule(
+        prompt=st.integers(1, 100),
+        limit=st.integers(1, 40),
+        earlier=st.integers(0, 3),
+        path=st.none() | st.lists(st.integers(0, 1), min_size=8, max_size=10),
+        kind=st.sampled_from(KINDS),
+    )
+    def add(self, prompt: int, limit: int, earlier: int, path: list[int] | None, kind: TaskKind) -> None:
+        """A new task: fresh, a retry with earlier tokens, or a decode task whose first token came from elsewhere."""
+        task_id = len(self.tasks)
+        generated = max(1, earlier) if kind is TaskKind.DECODE else earlier
+        source = "elsewhere" if kind is TaskKind.DECODE else None
+        task = make_task(task_id, prompt, generated + limit, kind, generated, source=source)
+        known = None if path is None else chain(*path)
+        ids = identity.of_context(task_id, task.request.max_tokens, known)
+        refusal = self.core.add(task, ids)
+        self.tasks[task_id] = task
+        room = self.config.kv_blocks * self.config.block_tokens
+        assert refusal == (FailureReason.TOO_LONG if prompt + generated + 1 > room else None)
+        self.state[task_id] = "live" if refusal is None else "refused"
+        self.ids[task_id], self.tokens[task_id] = ids, generated
+        self.next_position[task_id], self.preempted[task_id] = None, 0
+
+    @precondition(lambda self: self.tasks)
+    @rule(which=st.integers(0, 99))
+    def abort(self, which: int) -> None:
+        """The driver lets go of a task, whatever became of it."""
+        task_id = which % len(self.tasks)
+        sequence = self.core.abort(task_id)
+        assert (sequence is not None) == (self.state[task_id] in ("live", "held"))
+        if sequence is not None:
+            assert sequence.generated == self.tokens[task_id]
+            self.ends(task_id, "aborted")
+
+    @rule()
+    def schedule(self) -> None:
+        """The next step is decided, within every limit."""
+        full = len(self.core.in_flight) == self.config.max_in_flight
+        plan = self.core.schedule()
+        for sequence, reason in self.core.failed:
+            assert reason is FailureReason.TOO_LONG
+            needed = sequence.task.request.prompt_tokens + self.tokens[sequence.task_id] + 1
+            assert needed > self.config.kv_blocks * self.config.block_tokens
+            assert sequence.generated == self.tokens[sequence.task_id]
+            self.ends(sequence.task_id, "failed")
+        self.core.failed.clear()
+        for fetch in self.core.fetches:
+            assert fetch.tokens == fetch.sequence.task.context_tokens - 1
+            assert fetch.skip <= fetch.tokens
+            self.context_is_there(fetch.sequence, fetch.skip)
+            self.fetches[fetch.sequence.task_id] = fetch
+        self.core.fetches.clear()
+        for task_id in self.core.task_ids():
+            sequence = self.core.sequence(task_id)
+            assert sequence is not None
+            if sequence.preemptions > self.preempted[task_id]:
+                self.preempted[task_id] = sequence.preemptions
+                self.next_position[task_id] = None
+        if plan is None:
+            if not self.core.in_flight:
+                computing = (Status.PREFILL, Status.DECODE)
+                assert not any(s.status in computing for s in self.core._sequences.values()), "nothing is scheduled"
+            return
+        assert not full
+        self.plans += 1
+        assert plan.number == self.plans
+        self.written[plan.number] = set()
+        assert 1 <= sum(chunk.tokens for chunk in plan.chunks) + len(plan.decodes) <= self.config.token_budget
+        assert self.core.num_running <= self.config.max_sequences
+        assert len({s.task_id for s in plan.decodes} | {c.sequence.task_id for c in plan.chunks}) == len(
+            plan.decodes
+        ) + len(plan.chunks)
+        assert all(self.state[sequence.task_id] == "live" for sequence in plan.sampling)
+        context = attention = 0
+        for sequence in plan.decodes:
+            assert sequence.status is Status.DECODE
+            context += sequence.position
+            self.compute(plan, sequence, sequence.position - 1, 1)
+        for sequence, start, count, samples in plan.chunks:
+            assert samples == (start + count == sequence.target)
+            attention += sum(range(start + 1, start + count + 1))
+            self.compute(plan, sequence, start, count)
+        prefill = sum(chunk.tokens for chunk in plan.chunks)
+        assert plan.shape == (prefill, attention, len(plan.chunks), len(plan.decodes), context)
+
+    @precondition(lambda self: self.core.in_flight)
+    @rule(stop_bits=st.integers(0, 15), stops=st.booleans())
+    def complete(self, stop_bits: int, stops: bool) -> None:
+        """The oldest step is done; some of its tokens end their requests."""
+        plan = self.core.in_flight[0]
+        sampling = plan.sampling
+        stopped = [s.task_id for bit, s in enumerate(sampling) if stops and stop_bits >> bit & 1]
+        got = [sequence for sequence in sampling if self.state[sequence.task_id] == "live"]
+        for sequence in got:
+            self.tokens[sequence.task_id] += 1
+        result = self.core.complete(plan, stopped)
+        chunked = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        assert result.first_tokens == [sequence for sequence in chunked if sequence in got]
+        expected = {}
+        for sequence in got:
+            task = self.tasks[sequence.task_id]
+            assert sequence.generated == self.tokens[sequence.task_id] <= task.request.max_tokens
+            if sequence.task_id in stopped or self.tokens[sequence.task_id] == task.request.max_tokens:
+                expected[sequence.task_id] = False
+            elif task.kind is TaskKind.PREFILL:
+                expected[sequence.task_id] = True
+        assert {sequence.task_id: held for sequence, held in result.finished} == expected
+        assert len(result.finished) == len(expected)
+        for task_id, held in expected.items():
+            if held:
+                self.state[task_id] = "held"
+            else:
+                self.ends(task_id, "finished")
+        del self.written[plan.number]
+
+    def fill(self) -> None:
+        """As many plans in flight as there may be."""
+        plans = -1
+        while len(self.core.in_flight) > plans:
+            plans = len(self.core.in_flight)
+            self.schedule()
+
+    @rule(steps=st.integers(1, 12))
+    def run(self, steps: int) -> None:
+        """An engine loop turns: as many plans in flight as allowed, then the oldest completes, with no stop."""
+        for _ in range(steps):
+            self.fill()
+            if self.core.in_flight:
+                self.complete(0, False)
+
+    @precondition(lambda self: self.fetches)
+    @rule(which=st.integers(0, 99), success=st.sampled_from([True, True, False]))
+    def fetched(self, which: int, success: bool) -> None:
+        """A transfer ends, well or not, perhaps after its task was aborted."""
+        task_id = list(self.fetches)[which % len(self.fetches)]
+        sequence, skip, tokens = self.fetches.pop(task_id)
+        if success:  # also of an aborted task: the transfer wrote into its blocks all the same
+            for position in range(skip, tokens):
+                self.kv[self.place(sequence, position)] = self.content(sequence, position)
+        lost = self.core.fetched(task_id, success)
+        if self.state[task_id] == "aborted":
+            assert lost is None
+        elif success:
+            assert lost is None
+            self.next_position[task_id] = tokens
+        else:
+            assert lost is sequence
+            self.ends(task_id, "lost")
+
+    @precondition(lambda self: self.core.held)
+    @rule(which=st.integers(0, 99))
+    def release(self, which: int) -> None:
+        """Somebody has fetched what a prefill task holds."""
+        task_id = list(self.core.held)[which % len(self.core.held)]
+        sequence = self.core.held[task_id]
+        self.context_is_there(sequence, self.tasks[task_id].context_tokens)
+        assert self.core.release_held(task_id)
+        assert not self.core.release_held(task_id)
+        self.ends(task_id, "fetched")
+
+    @precondition(lambda self: self.core.in_flight)
+    @rule(most=st.integers(1, 50))
+    def advance(self, most: int) -> None:
+        """Steps taken at once leave the engine exactly as the same steps taken one by one, as a loop would now."""
+        self.complete(0, False)
+        self.fill()
+        steps = self.core.steady_steps(most)
+        assert 0 <= steps <= most
+        if not steps:
+            return
+        twin = copy.deepcopy(self.core)
+        first, last = self.core.in_flight[0].number, self.core.in_flight[-1].number
+        self.core.advance(steps)
+        for _ in range(steps):
+            result = twin.complete(twin.in_flight[0], ())
+            assert not result.finished
+            assert twin.schedule() is not None
+        assert state_of(twin) == state_of(self.core)
+        batch = self.core.in_flight[0].decodes
+        for sequence in batch:
+            self.tokens[sequence.task_id] += steps
+            for position in range(sequence.position - steps, sequence.position):
+                assert position // self.config.block_tokens >= sequence.tree_blocks
+                self.kv[self.place(sequence, position)] = self.content(sequence, position)
+            self.next_position[sequence.task_id] = sequence.position
+        self.plans += steps
+        written = self.written
+        self.written = {number + steps: written[number] for number in range(first, last + 1)}
+        for blocks in self.written.values():
+            blocks.update(sequence.blocks[-1] for sequence in batch)
+
+    # -- what always holds ----------------------------------------------------------------------------------------
+
+    @invariant()
+    def conserved(self) -> None:
+        """No block is lost, counters agree, tasks that count here are those that have not ended."""
+        if not hasattr(self, "core"):
+            return
+        self.core.check_integrity()
+        live = {task_id for task_id, state in self.state.items() if state in ("live", "held")}
+        assert set(self.core.task_ids()) == live
+        assert set(self.core.held) == {task_id for task_id, state in self.state.items() if state == "held"}
+        free = set(self.core.rtc.allocator.free_blocks())
+        assert not any(free & blocks for blocks in self.written.values()), "a plan in flight writes into a free block"
+        assert not any(free & set(fetch.sequence.blocks) for fetch in self.fetches.values())
+        for sequence in self.core.decoding():
+            assert sequence.generated == self.tokens[sequence.task_id]
+
+    def teardown(self) -> None:
+        """Left alone, everything comes to its end, and the engine is empty: nothing is stuck, nothing is kept."""
+        if not hasattr(self, "core"):
+            return
+        while not self.core.idle:
+            self.schedule()
+            if self.core.in_flight:
+                self.complete(0, False)
+            elif self.fetches:
+                self.fetched(0, True)
+            elif not self.core.idle:
+                assert self.core.held, f"stuck: {state_of(self.core)}"
+                self.release(0)
+            self.conserved()
+        assert "live" not in self.state.values()
+        assert self.core.num_running == self.core.num_waiting == self.core.waiting_tokens == 0
+        assert self.core.rtc.available == self.config.kv_blocks
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=50)

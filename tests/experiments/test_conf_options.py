@@ -1,0 +1,149 @@
+"""Every option of every group in conf/ composes, and builds the objects of a run that runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from cluster.events import ExecutorReady
+from cluster.metrics import Recorder
+from cluster.policy import DispatchPolicy, ScalingPolicy
+from experiments import build
+from experiments.config import CONF, compose
+from policies.dispatch.least_outstanding import LeastOutstanding
+from real.cluster import RealCluster
+from sim.cluster import SimCluster
+from tests.experiments.small import PROFILE
+
+ROOT = Path(build.__file__).parents[1]
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+
+ON_REAL = ["model=tiny_llama", "engine=small", "hardware=cpu"]
+NEEDS = {
+    ("trace", "deepflow"): ["trace.reader.path={folder}/trace.jsonl"],
+    ("latency", "profile"): ["latency.path={folder}/profile.json"],
+    ("backend", "real"): ON_REAL,
+    ("hardware", "cpu"): ON_REAL[:2],
+}
+"""What an option needs beside it: values that it leaves open (`???`), or options that go with it."""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with the files that options want to be told of."""
+    (tmp_path / "trace.jsonl").write_text('{"arrival_s":0,"prompt_tokens":20,"output_tokens":4}\n')
+    (tmp_path / "profile.json").write_bytes(msgspec.json.encode(PROFILE))
+    return tmp_path
+
+
+def configure(group: str, option: str, folder: Path, *more: str) -> DictConfig:
+    needs = [override.format(folder=folder) for override in NEEDS.get((group, option), [])]
+    return compose([f"{group}={option}", *needs, *more])
+
+
+def missing(node: Any, where: str = "") -> list[str]:
+    """Keys that are `???`."""
+    found = []
+    for key in node:
+        here = f"{where}.{key}" if where else str(key)
+        if OmegaConf.is_missing(node, key):
+            found.append(here)
+        elif isinstance(node, DictConfig) and isinstance(node[key], DictConfig):
+            found += missing(node[key], here)
+    return found
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_the_table_covers_what_is_left_open(group: str, option: str) -> None:
+    """Values that an option leaves to the user are those of the table above, so that every option is built here."""
+    open_values = missing(compose([f"{group}={option}"]))
+    given = [need.partition("=")[0] for need in NEEDS.get((group, option), [])]
+    assert set(open_values) <= set(given)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_builds_and_runs(group: str, option: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option composes with the defaults, and workload, control plane and cluster made of it get through a run."""
+    monkeypatch.setenv("DEEPFLOW_TRACES", str(files / "none"))
+    monkeypatch.setenv("HOME", str(files))
+    cfg = configure(group, option, files, "trace.limit=3", "max_attempts=2")
+    build.check_types(cfg)
+    build.objectives(cfg)
+    workload = build.workload(cfg)
+    assert workload.stand_in == (cfg.trace.stand_in is not None and cfg.trace.reader is not None)
+    recorder = Recorder()
+    control = build.control_plane(cfg, workload.arrivals, recorder)
+    with build.cluster(cfg, files) as cluster:
+        assert isinstance(cluster, RealCluster if option == "real" else SimCluster)
+        if isinstance(cluster, SimCluster):
+            control.drive(cluster)
+            assert set(recorder.outcomes) == {"finished"}
+            assert len(recorder.outcomes) == (1 if option == "deepflow" and group == "trace" else 3)
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "trace"])
+def test_traces_of_files(option: str, files: Path, trace_file: Callable[[str], Path]) -> None:
+    """Where the files are there, a trace reads them."""
+    from traces.catalog import KNOWN
+
+    if option in KNOWN:
+        trace_file(KNOWN[option].file)
+    cfg = configure("trace", option, files)
+    workload = build.workload(cfg)
+    assert not workload.stand_in
+    first = next(iter(workload.arrivals))
+    assert first.request.model == cfg.model.shape.name
+    assert first.request.prompt_tokens >= 1
+
+
+@pytest.mark.parametrize("fleet", [option for group, option in OPTIONS if group == "fleet"])
+def test_fleets_of_processes(fleet: str, files: Path) -> None:
+    """Every fleet gets ready on engine processes as well."""
+    cfg = compose([f"fleet={fleet}", "backend=real", "backend.device=null", *ON_REAL, "trace=synthetic"])
+    control = build.control_plane(cfg, build.workload(cfg).arrivals, Recorder())
+    wanted = sum(group.initial for group in build.groups(cfg))
+    ready = 0
+    with build.cluster(cfg, files) as cluster:
+        while ready < wanted:
+            event = cluster.next_event()
+            assert event is not None
+            ready += isinstance(event, ExecutorReady)
+            for action in control.on_event(event):
+                cluster.submit(action)
+
+
+def test_a_model_that_was_never_profiled_needs_a_folder(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's weights are drawn once, into the user's cache folder, and found there again."""
+    monkeypatch.setenv("HOME", str(files))
+    cfg = compose(["backend=real", *ON_REAL])
+    folder = Path(build.model_folder(cfg))
+    assert files in folder.parents
+    assert (folder / "model.safetensors").is_file()
+    assert build.model_folder(cfg) == str(folder)
+    assert build.model_folder(compose([f"model.folder={folder}"])) == str(folder)
+
+
+@pytest.mark.parametrize(("group", "base"), [("dispatch", DispatchPolicy), ("scaling", ScalingPolicy)])
+def test_options_are_called_like_their_modules(group: str, base: type) -> None:
+    """An option of policies names the module of the same name, and every module with a policy has an option."""
+    options = {option for folder, option in OPTIONS if folder == group}
+    targets = {option: str(compose([f"{group}={option}"])[group]["_target_"]) for option in options}
+    assert {option: target.rpartition(".")[0] for option, target in targets.items()} == {
+        option: f"policies.{group}.{option}" for option in options
+    }
+    modules = {
+        file.stem for file in (ROOT / "policies" / group).glob("*.py") if f"({base.__name__})" in file.read_text()
+    }
+    assert modules == options
+
+
+def test_defaults_are_the_first_example() -> None:
+    """Without overrides, a run is the Azure conversation on four simulated 910B2."""
+    cfg = compose()
+    assert (cfg.backend.name, cfg.hardware.name, cfg.trace.name) == ("sim", "Ascend 910B2", "azure2023_conv")
+    assert sum(group.initial for group in build.groups(cfg)) == 4
+    (job_executor,) = build.control_plane(cfg, [], Recorder()).job_executors
+    assert isinstance(job_executor.policy, LeastOutstanding)

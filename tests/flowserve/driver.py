@@ -1,0 +1,151 @@
+"""Drives a runner with the real engine core, as an executor's loop does, and knows what transformers would say."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from cluster import identity
+from cluster.request import KvSource, Request, Task
+from cluster.vocabulary import TaskKind
+from flowserve import ops
+from flowserve.core.plan import Plan
+from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.models import Model
+from flowserve.ops.step import StepContext
+from flowserve.runtime.checkpoint import LlamaShape
+from flowserve.runtime.runner import Payload, Sampling
+from flowserve.runtime.torch_runner import TorchRunner
+
+TINY = LlamaShape(
+    hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=256, max_position=512
+)
+GREEDY = Sampling()
+
+
+def make_prompt(seed: int, length: int, vocab: int = TINY.vocab_size) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, vocab, length)]
+
+
+class Engine:
+    """Engine core and torch runner in one process. `output`: task id → tokens sampled here."""
+
+    def __init__(self, folder: Path, dtype: str = "float32", **limits: Any) -> None:
+        self.config = EngineConfig(**{"kv_blocks": 128, **limits})
+        self.core = EngineCore(self.config)
+        self.runner = TorchRunner(folder, self.config, dtype)
+        self.output: dict[int, list[int]] = {}
+        self.held: list[int] = []
+        self._tasks = 0
+
+    def add(
+        self,
+        prompt: list[int],
+        limit: int,
+        sampling: Sampling = GREEDY,
+        generated: Sequence[int] = (),
+        forced: list[int] | None = None,
+        kind: TaskKind = TaskKind.SERVE,
+        kv: KvSource | None = None,
+    ) -> int:
+        """Queue a request for `limit` output tokens, of which `generated` are there already; returns the task id."""
+        self._tasks += 1
+        tokens = [*prompt, *generated]
+        request = Request(self._tasks, len(prompt), limit, "m", identity.from_tokens(tokens, 0))
+        task = Task(self._tasks, request, kind, len(generated), kv)
+        self.runner.add(task.task_id, Payload(tokens, sampling, forced=forced))
+        assert self.core.add(task, identity.from_tokens(tokens, 0)) is None
+        self.output[task.task_id] = []
+        return task.task_id
+
+    def step(self, stop: Sequence[int] = ()) -> Plan | None:
+        """One synchronous step; tasks in `stop` end with it."""
+        plan = self.core.schedule()
+        if plan is not None:
+            self.take(plan, self.runner.run(plan))
+            self.complete(plan, stop)
+        return plan
+
+    def take(self, plan: Plan, tokens: list[int]) -> None:
+        for sequence, token in zip(plan.sampling, tokens, strict=True):
+            self.output[sequence.task_id].append(token)
+
+    def complete(self, plan: Plan, stop: Sequence[int] = ()) -> None:
+        for sequence, held in self.core.complete(plan, stop).finished:
+            if held:
+                self.held.append(sequence.task_id)
+            else:
+                self.runner.remove(sequence.task_id)
+
+    def run(self) -> dict[int, list[int]]:
+        """Step until there is nothing left to compute."""
+        while self.step() is not None:
+            self.core.check_integrity()
+        return self.output
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+def serve(folder: Path, prompts: Sequence[list[int]], limit: int, **limits: Any) -> list[list[int]]:
+    """Outputs of greedy requests that arrive together at a new engine."""
+    engine = Engine(folder, **limits)
+    tasks = [engine.add(prompt, limit) for prompt in prompts]
+    engine.run()
+    engine.close()
+    return [engine.output[task] for task in tasks]
+
+
+def packed_logits(model: Model, tokens: list[int], chunks: Sequence[int] = ()) -> torch.Tensor:
+    """Logits [len(tokens), vocab] of one sequence, computed in chunks of the given sizes, the rest token by token.
+
+    The blocks of the sequence lie in the cache in reverse order, with strangers' data between and behind them.
+    """
+    blocks = -(-len(tokens) // 16)
+    kv = torch.randn(
+        (model.num_layers, 2, 2 * blocks, 16, model.num_kv_heads, model.head_dim),
+        generator=torch.Generator().manual_seed(0),
+    )
+    cpu = ops.load("cpu")
+    table = np.arange(2 * blocks - 1, 0, -2, dtype=np.int32)[None]
+    caches, logits, start = cpu.layer_caches(kv), [], 0
+    sizes = [*chunks, *[1] * (len(tokens) - sum(chunks))]
+    with torch.inference_mode():
+        for index, count in enumerate(sizes):
+            step = StepContext(
+                cpu,
+                caches,
+                np.array([start]),
+                np.array([count]),
+                int(index < len(chunks)),
+                table,
+                16,
+                np.arange(count),
+                torch.device("cpu"),
+            )
+            ids = torch.tensor(tokens[start : start + count])
+            logits.append(model(ids, torch.from_numpy(step.positions), step))
+            start += count
+    return torch.cat(logits)
+
+
+class Reference:
+    """The reference implementation on the same weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """[len(tokens), vocab]."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(torch.tensor([tokens])).logits[0]
+        return logits
+
+    def check_greedy(self, prompt: list[int], output: list[int]) -> None:
+        """Every output token is the most likely one behind what precedes it, or less than 1e-4 below it."""
+        logits = self.logits([*prompt, *output])[len(prompt) - 1 : -1]
+        short = logits.amax(-1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        assert short.max() < 1e-4, f"tokens {short.nonzero().flatten().tolist()} are not the reference's"

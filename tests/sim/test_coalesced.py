@@ -1,0 +1,205 @@
+"""Decode steps taken at once give, to the nanosecond, the run of single steps; and no run breaks the contract."""
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster import events as ev
+from cluster.actions import Action
+from cluster.manager import GroupPlan
+from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.request import Answer, Arrival, Trigger
+from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
+from flowserve.core.scheduler import EngineConfig
+from policies.dispatch.deepflow import DeepFlow
+from policies.dispatch.heat_map import HeatMap
+from policies.dispatch.least_outstanding import LeastOutstanding
+from policies.dispatch.round_robin import RoundRobin
+from policies.scaling.fixed import Fixed
+from policies.scaling.target_utilisation import TargetUtilisation
+from sim.cluster import Delays, Failure, SimCluster
+from sim.latency import Constant, Fitted
+from sim.link import Link
+from tests.builders import Run, chain, disaggregated, make_arrival, make_request, run_sim
+
+
+def deepflow() -> DispatchPolicy:
+    return DeepFlow(HeatMap([0, 40], [0, 1], [[-1, 1], [1, -1]], "test"), balance_slack=1)
+
+
+def scaling() -> ScalingPolicy:
+    return TargetUtilisation(target=0.5, period_s=0.03, down_delay_s=0.06)
+
+
+LATENCIES = (
+    lambda: Constant(0.01),
+    lambda: Constant(0.001, 0.0005),
+    lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
+)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> list[Arrival]:
+    """Up to 12 requests: open or closed loop, with shared prompts, cancellations and limits below the answer."""
+    arrivals: list[Arrival] = []
+    at = 0
+    for request_id in range(draw(st.integers(1, 12))):
+        prompt, output = draw(st.integers(1, 80)), draw(st.integers(1, 60))
+        path = draw(st.none() | st.lists(st.integers(0, 1), min_size=10, max_size=10))
+        ids = None if path is None else chain(*path)
+        limit = draw(st.sampled_from([output, output + 20, max(1, output - 5)]))
+        cancel_s = draw(st.sampled_from([None] * 12 + [0.0, 0.02, 0.113, 0.4]))
+        after = None
+        if request_id and draw(st.integers(0, 3)) == 0:
+            target = draw(st.integers(0, request_id - 1))
+            by_id = draw(st.booleans())
+            after = Trigger(
+                draw(st.sampled_from(["first_token", "ended"])),
+                target if by_id else None,
+                None if by_id else target + 1,
+                draw(st.sampled_from([0, 30_000_000])),
+            )
+        at += draw(st.sampled_from([0, 0, 0, 10_000_000, 7_123_457, 300_000_000]))
+        request = make_request(request_id, prompt, limit, None if ids is None else ids[: prompt // 16])
+        answer = Answer(output, None if ids is None else ids[: (prompt + output) // 16])
+        cancel = None if cancel_s is None else round(cancel_s * NS_PER_S)
+        arrivals.append(Arrival(request, answer, at, after, cancel))
+    return arrivals
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of a run: sizes, roles, latencies, delays, failures."""
+    prefill, decode, colocated = draw(st.sampled_from([(0, 0, 1), (0, 0, 2), (1, 1, 0), (2, 2, 0), (1, 1, 1)]))
+    sequences = draw(st.sampled_from([1, 2, 4, 6]))
+    failures = draw(
+        st.lists(
+            st.builds(
+                Failure,
+                at_s=st.sampled_from([0.01, 0.05, 0.0731, 0.2, 0.34]),
+                executor=st.sampled_from([f"te-{number}" for number in range(5)]),
+            ),
+            max_size=3,
+        )
+    )
+    delayed = st.sampled_from([0.0, 0.0, 0.0004, 0.01])
+    spare = draw(st.sampled_from([0, 0, 2]))
+    groups = [
+        GroupPlan(group.spec, group.initial, 1, group.maximum + spare)
+        for group in disaggregated(prefill, decode, colocated)
+    ]
+    return {
+        "groups": groups,
+        "scaling": scaling if spare else Fixed,
+        "stages": [(Stage.TE_LOAD, draw(st.sampled_from([0, 10_000_000, 123_456_789])))],
+        "engine": EngineConfig(
+            kv_blocks=draw(st.integers(5, 16)),
+            block_tokens=draw(st.sampled_from([16, 16, 32])),
+            token_budget=sequences + draw(st.integers(0, 60)),
+            max_sequences=sequences,
+            max_in_flight=draw(st.integers(1, 3)),
+        ),
+        "latency": draw(st.sampled_from(LATENCIES)),
+        "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),
+        "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),
+        "report_period_s": draw(st.sampled_from([0.02, 0.1, 1.0])),
+        "delays": draw(st.builds(Delays, delayed, delayed, st.sampled_from([0.0, 0.0001, 0.01]), delayed)),
+        "num_job_executors": draw(st.integers(1, 2)),
+        "failures": failures,
+    }
+
+
+def run(workload: list[Arrival], arguments: dict[str, Any], coalesce: bool = True) -> Run:
+    """A run with a scaling policy of its own, which has a memory; it must end."""
+
+    def watch(event: ev.Event, actions: list[Action], cluster: SimCluster) -> None:
+        assert event.time < 100 * NS_PER_S, "the run does not end"
+
+    return run_sim(workload, **{**arguments, "scaling": arguments["scaling"](), "coalesce": coalesce}, watch=watch)
+
+
+def outcome_of(run: Run) -> Any:
+    """All that a run is compared by: every event, every record, and how many steps each engine took."""
+    return {
+        "events": run.events,
+        "requests": {name: list(column) for name, column in run.recorder.requests.items()},
+        "outcomes": run.recorder.outcomes,
+        "reasons": run.recorder.reasons,
+        "gaps": list(run.recorder.gaps),
+        "scaling": run.recorder.scaling,
+        "steps": {name: executor.steps for name, executor in run.executors.items()},
+        "log": run.log,
+    }
+
+
+def check_contract(run: Run, workload: list[Arrival]) -> None:
+    """What holds for every run: order of events, conservation of requests and tasks, counts that agree."""
+    times = [event.time for event in run.events]
+    assert times == sorted(times)
+    assert all(0 <= event.occurred <= event.time for event in run.events)
+    sent = [event.request.request_id for event in run.of(ev.RequestArrived)]
+    ended = [event.request_id for event in run.of(ev.RequestEnded)]
+    assert len(set(sent)) == len(sent)
+    assert sorted(sent) == sorted(ended) == sorted(run.recorder.requests["request_id"])
+    assert len(sent) + run.control.client.never_sent == len(workload)
+    assert all(job_executor.open_jobs == 0 for job_executor in run.control.job_executors)
+    tasks = [event.task_id for event in run.of(ev.TaskFinished, ev.TaskFailed, ev.TaskAborted)]
+    assert len(set(tasks)) == len(tasks), "a task ended twice"
+    first_tokens = [event.request_id for event in run.of(ev.FirstToken)]
+    assert len(set(first_tokens)) == len(first_tokens), "a first token was repeated"
+    arrivals = {arrival.request.request_id: arrival for arrival in workload}
+    for event in run.of(ev.RequestEnded):
+        arrival = arrivals[event.request_id]
+        whole = min(arrival.answer.output_tokens, arrival.request.max_tokens)
+        assert event.generated == whole if event.outcome is Outcome.FINISHED else event.generated <= whole
+    for event in run.of(ev.TaskFinished):
+        assert event.tokens == len(event.token_gaps_ns) + 1
+        assert all(gap > 0 for gap in event.token_gaps_ns)
+    for executor in run.executors.values():
+        executor.shell.core.check_integrity()
+
+
+@given(workload=workloads(), arguments=clusters())
+@settings(max_examples=120)
+def test_coalesced_runs_equal_stepped_runs(workload: list[Arrival], arguments: dict[str, Any]) -> None:
+    """Same events, records, decisions and steps, whatever the workload, the fleet, the delays and the failures."""
+    coalesced = run(workload, arguments)
+    check_contract(coalesced, workload)
+    stepped = run(workload, arguments, coalesce=False)
+    assert outcome_of(coalesced) == outcome_of(stepped)
+
+
+def test_steps_that_end_together_do_so_in_the_order_of_executors() -> None:
+    """Two answers end in the same nanosecond: first that of the first executor, whenever which segment was begun."""
+    # The second executor begins first, and begins another segment after its load report at 1 s; the first does not.
+    workload = [make_arrival(0, output=130), make_arrival(1, at_s=0.5, output=80)]
+    for coalesce in (True, False):
+        run = run_sim(workload, executors=2, coalesce=coalesce, report_period_s=1.0)
+        ends = [(event.occurred, event.executor) for event in run.of(ev.TaskFinished)]
+        assert ends == [(1_300_000_000, "te-0"), (1_300_000_000, "te-1")]
+
+
+def test_steps_are_in_fact_coalesced() -> None:
+    """A long answer alone is one simulator event or two, not one per token."""
+    workload = [Arrival(make_request(0, 10, 900), Answer(900))]
+    events = []
+    for coalesce in (True, False):
+        run = run_sim(workload, coalesce=coalesce, report_period_s=100.0)
+        assert run.executors["te-0"].steps == 900
+        events.append(next(run.cluster.env._eid))
+    assert events[0] * 20 < events[1]
+
+
+@given(workload=workloads(), arguments=clusters())
+@settings(max_examples=20)
+def test_a_run_can_be_repeated(workload: list[Arrival], arguments: dict[str, Any]) -> None:
+    """The same seed gives the same run twice, decision log included."""
+    assert outcome_of(run(workload, arguments)) == outcome_of(run(workload, arguments))
+
+
+def test_roles_have_their_executors() -> None:
+    """The fleets above are what they are meant to be: each role is there, and disaggregated requests have two tasks."""
+    run = run_sim([Arrival(make_request(0, 20, 5), Answer(5))], groups=disaggregated(1, 1))
+    assert [event.spec.role for event in run.of(ev.ExecutorReady)] == [Role.PREFILL, Role.DECODE]
+    assert [event.executor for event in run.of(ev.TaskFinished)] == ["te-0", "te-1"]

@@ -1,0 +1,108 @@
+"""Latency models and hardware: by hand where that is possible, and refused where they make no sense."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.latency import StepShape
+from sim.hardware import Hardware, ModelShape, kv_blocks
+from sim.latency import Constant, Fitted, Roofline
+
+NPU = Hardware(
+    name="npu",
+    flops=1e14,
+    hbm_bytes=64e9,
+    hbm_bytes_per_s=1e12,
+    efficiency_gemm=0.5,
+    efficiency_attention=0.25,
+    efficiency_bandwidth=0.8,
+    step_overhead_s=0.001,
+    kv_link_bytes_per_s=1e10,
+    kv_link_latency_s=1e-5,
+    kv_call_overhead_s=1e-5,
+)
+MODEL = ModelShape("toy", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=1000)
+
+shapes = st.builds(
+    StepShape,
+    st.integers(0, 5000),
+    st.integers(0, 10**7),
+    st.integers(0, 20),
+    st.integers(0, 300),
+    st.integers(0, 10**6),
+)
+
+
+def test_model_sizes() -> None:
+    """Parameters of a Llama layer: q, k, v, o, and three matrices of the feed-forward part; embeddings beside them."""
+    attention = 64 * 16 * (4 + 2 + 2 + 4)
+    assert MODEL.layer_parameters == attention + 3 * 64 * 128
+    assert MODEL.parameters == 2 * MODEL.layer_parameters + 2 * 1000 * 64
+    assert MODEL.weight_bytes == 2 * MODEL.parameters
+    assert MODEL.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+
+
+def test_a_known_model_has_its_known_size() -> None:
+    """Llama 3.1 8B has 8.03 billion parameters and 128 KiB of KV cache per token."""
+    llama = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256)
+    assert llama.parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert llama.kv_bytes_per_token == 128 * 1024
+
+
+def test_kv_blocks_fill_what_the_weights_leave() -> None:
+    """Usable HBM minus weights over bytes per block; a model that does not fit is refused with its size."""
+    left = 64e9 * 0.9 * 2 - MODEL.weight_bytes
+    assert kv_blocks(NPU, MODEL, 2, 16) == int(left // (16 * MODEL.kv_bytes_per_token))
+    huge = ModelShape("huge", 80, 8192, 64, 8, 128, 28672, 128256)
+    with pytest.raises(ValueError, match=r"model huge does not fit 2 x npu: its weights take 141\.\d GB of 115\.2 GB"):
+        kv_blocks(NPU, huge, 2, 16)
+
+
+def test_a_small_decode_reads_all_weights() -> None:
+    """Few tokens are bound by memory: weights without the input embedding once, and the KV cache of every context."""
+    weights = 2 * (2 * MODEL.layer_parameters + 1000 * 64)
+    expected = 0.001 + (weights + 500 * MODEL.kv_bytes_per_token) / (1e12 * 0.8)
+    assert Roofline(NPU, MODEL, 1).step_ns(StepShape(0, 0, 0, 1, 500)) == pytest.approx(expected * 1e9, abs=1)
+
+
+def test_a_large_prefill_is_bound_by_compute() -> None:
+    """Many tokens cost 2 FLOPs per layer parameter each, one sample the head, attention 4 per pair and channel."""
+    tokens, pairs = 100_000, 100_000 * 100_001 // 2
+    linear = (tokens * 2 * 2 * MODEL.layer_parameters + 2 * 1000 * 64) / (1e14 * 0.5)
+    attention = pairs * 4 * 2 * 4 * 16 / (1e14 * 0.25)
+    expected = 0.001 + linear + attention
+    found = Roofline(NPU, MODEL, 1).step_ns(StepShape(tokens, pairs, 1, 0, 0))
+    assert found == pytest.approx(expected * 1e9, rel=1e-6)
+
+
+@given(shape=shapes, npus=st.sampled_from([1, 2, 8]))
+def test_more_work_takes_no_less_time(shape: StepShape, npus: int) -> None:
+    """Every model is monotone in every part of a step, and more NPUs are never slower."""
+    models = [Roofline(NPU, MODEL, npus), Fitted([5, 4, 3, 2, 1, 0, 7, 8]), Constant(0.01, 0.001)]
+    for model in models:
+        base = model.step_ns(shape)
+        assert base >= 1
+        for place in range(5):
+            more = list(shape)
+            more[place] += 100
+            assert model.step_ns(StepShape(*more)) >= base
+    assert Roofline(NPU, MODEL, 2 * npus).step_ns(shape) <= Roofline(NPU, MODEL, npus).step_ns(shape)
+
+
+def test_fitted_is_linear_in_its_features() -> None:
+    """Each coefficient counts its own feature, and a step takes at least a nanosecond."""
+    assert (
+        Fitted([1, 10, 2, 3, 4, 100, 5, 6]).step_ns(StepShape(7, 8, 9, 10, 11)) == 1 + 10 + 14 + 24 + 36 + 100 + 50 + 66
+    )
+    assert Fitted([1, 10, 2, 3, 4, 100, 5, 6]).step_ns(StepShape(0, 0, 0, 1, 3)) == 1 + 100 + 5 + 18
+    assert Fitted([0] * 8).step_ns(StepShape(1, 1, 1, 1, 1)) == 1
+    with pytest.raises(ValueError, match=r"needs 8 coefficients .* not 3"):
+        Fitted([1, 2, 3])
+
+
+def test_constant_needs_a_time() -> None:
+    """A step that takes no time at all is refused."""
+    assert Constant(0.5, 0.25).step_ns(StepShape(3, 0, 1, 9, 9)) == 1_250_000_000
+    for arguments in ((0.0, 0.0), (-1.0, 2.0), (1.0, -0.5)):
+        with pytest.raises(ValueError, match="give positive times"):
+            Constant(*arguments)
