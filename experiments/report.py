@@ -700,6 +700,8 @@ const places = document.querySelectorAll("[data-figure]");
 const watch = new IntersectionObserver((seen) => seen.forEach((each) => {
   if (each.isIntersecting) { watch.unobserve(each.target); draw(each.target); }
 }), {rootMargin: "600px"});
-places.forEach((place) => watch.observe(place));
+// What can be seen at once is drawn at once, whether or not the browser ever paints a frame (headless ones may not).
+const near = (place) => place.checkVisibility() && place.getBoundingClientRect().top < innerHeight + 600;
+places.forEach((place) => near(place) ? draw(place) : watch.observe(place));
 addEventListener("beforeprint", () => places.forEach((place) => { if (place.dataset.figure) draw(place); }));
 """
