@@ -23,7 +23,7 @@ from flowserve.core.plan import Plan
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.shell import Outbox, TaskExecutor
 from flowserve.runtime import wire
-from flowserve.runtime.runner import KvHandle, Payload, Runner, TokenError
+from flowserve.runtime.runner import KvHandle, Payload, Runner
 
 _PR_SET_PDEATHSIG = 1
 
@@ -119,21 +119,17 @@ class EngineLoop:
 
     def _run(self, plan: Plan) -> tuple[list[tuple[int, int, int]], list[int], dict[int, str]]:
         """(task id, output index, token) of every sampling sequence, those that stop, and why others got no token."""
-        failed: dict[int, str] = {}
-        try:
-            sampled = self._runner.run(plan)
-        except TokenError as error:
-            sampled, failed = error.tokens, error.reasons
+        self._runner.launch(plan)
+        output = self._runner.collect()
         tokens, stopped = [], []
-        for sequence, token in zip(plan.sampling, sampled, strict=True):
-            if sequence.task_id in failed:
-                continue
-            index = sequence.generated
-            tokens.append((sequence.task_id, index, token))
+        for sequence, sampled in zip(plan.sampling, output.tokens, strict=True):
             answer = self._payloads[sequence.task_id].answer
-            if answer is not None and index + 1 >= answer.output_tokens:
-                stopped.append(sequence.task_id)
-        return tokens, stopped, failed
+            for index, token in enumerate(sampled, sequence.generated):
+                tokens.append((sequence.task_id, index, token))
+                if answer is not None and index + 1 >= answer.output_tokens:
+                    stopped.append(sequence.task_id)
+                    break
+        return tokens, stopped, output.failed
 
     # -- out ------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """A runner without a model or torch: sleeps, and yields tokens that depend on the prompt alone."""
 
 import time
+from collections import deque
 
 import xxhash
 
 from flowserve.core.plan import Plan
 from flowserve.core.sequence import Sequence
-from flowserve.runtime.runner import KvHandle, Payload
+from flowserve.runtime.runner import KvHandle, Payload, StepOutput
 from flowserve.runtime.wire import NullDevice
 
 
@@ -17,6 +18,7 @@ class NullRunner:
         self._device = device
         self._payloads: dict[int, Payload] = {}
         self._prompts: dict[int, int] = {}
+        self._launched: deque[Plan] = deque()
 
     def add(self, task_id: int, payload: Payload) -> None:
         self._payloads[task_id] = payload
@@ -28,9 +30,13 @@ class NullRunner:
     def warm_up(self) -> None:
         return
 
-    def run(self, plan: Plan) -> list[int]:
+    def launch(self, plan: Plan) -> None:
+        self._launched.append(plan)
+
+    def collect(self) -> StepOutput:
+        plan = self._launched.popleft()
         time.sleep(self._device.step_s + self._device.prefill_token_s * plan.shape.prefill_tokens)
-        return [self._token(sequence) for sequence in plan.sampling]
+        return StepOutput([[self._token(sequence)] for sequence in plan.sampling], {})
 
     def _token(self, sequence: Sequence) -> int:
         payload, index = self._payloads[sequence.task_id], sequence.generated

@@ -1,6 +1,6 @@
 """What the engine loop needs of a device, and the data that reaches the sampler's side beside the control plane."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -43,16 +43,15 @@ class KvHandle(msgspec.Struct, frozen=True):
     dtype: str
 
 
-class TokenError(RuntimeError):
-    """A step gave no usable token for the tasks in `reasons` (task id: why). It is done, and the runner can go on.
+class StepOutput(NamedTuple):
+    """What a plan gave, on the host.
 
-    `tokens`: what `run` would have returned, with 0 for these tasks, so that the others lose nothing.
+    `tokens`: for each sequence of `plan.sampling`, in that order, the tokens it got (none where it has failed).
+    `failed`: task id → why it has no usable token; the step is done for the others.
     """
 
-    def __init__(self, reasons: dict[int, str], tokens: list[int]) -> None:
-        super().__init__("; ".join(f"no token for task {task_id}: {reason}" for task_id, reason in reasons.items()))
-        self.reasons = reasons
-        self.tokens = tokens
+    tokens: list[list[int]]
+    failed: dict[int, str]
 
 
 class Runner(Protocol):
@@ -70,12 +69,15 @@ class Runner(Protocol):
         """Before the first task: run what makes a first step slow."""
         ...
 
-    def run(self, plan: Plan) -> list[int]:
-        """Compute a plan; returns one token for each sequence of `plan.sampling`, in that order.
+    def launch(self, plan: Plan) -> None:
+        """Start computing a plan, behind those launched before it.
 
-        Called right after `schedule()`, so positions and block tables may be read off the sequences. Raises TokenError,
-        with the step done, where some tasks got no usable token.
+        Called right after `schedule()`: positions and block tables are read off the sequences now, and not later.
         """
+        ...
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest plan that was launched and not collected, and return what it gave."""
         ...
 
     @property

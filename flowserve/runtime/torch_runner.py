@@ -1,10 +1,12 @@
 """Runs plans with a torch model: keeps the tokens, packs each step's inputs, samples."""
 
 import math
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cluster import identity
 from cluster.request import Request, Task
@@ -17,7 +19,7 @@ from flowserve.models import load_model
 from flowserve.ops.noise import gumbel
 from flowserve.ops.step import Ints, StepContext
 from flowserve.runtime.kv_pool import KvPool
-from flowserve.runtime.runner import KvHandle, Payload, Sampling, TokenError
+from flowserve.runtime.runner import KvHandle, Payload, Sampling, StepOutput
 
 WARM_UP_TOKENS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,6 +113,7 @@ class TorchRunner:
         self._tasks: dict[int, _Task] = {}
         self._tables = _BlockTables()
         self._unclean: set[int] = set()
+        self._launched: deque[StepOutput] = deque()
 
     def add(self, task_id: int, payload: Payload) -> None:
         """Raises ValueError for tokens that are not in the model's vocabulary."""
@@ -137,16 +140,24 @@ class TorchRunner:
         core.add(task, identity.unique(0))
         self.add(-1, Payload([token] * length, Sampling()))
         while (plan := core.schedule()) is not None:
-            self.run(plan)
+            self.launch(plan)
+            self.collect()
             core.complete(plan, ())
         self.remove(-1)
 
-    def run(self, plan: Plan) -> list[int]:
-        """Raises TokenError, with the step done, for tasks whose logits are not finite or whose positions ran out."""
+    def launch(self, plan: Plan) -> None:
         with torch.inference_mode():
             tokens, step = self._pack(plan)
-            positions = np.minimum(step.positions, self._positions - 1)  # beyond: `_sample` refuses the token
-            return self._sample(plan, self.model(self._tensor(tokens), self._tensor(positions), step))
+            positions = np.minimum(step.positions, self._positions - 1)  # beyond: `_take` refuses the token
+            logits = self.model(self._tensor(tokens), self._tensor(positions), step)
+            sequences = plan.sampling
+            tasks = [self._tasks[sequence.task_id] for sequence in sequences]
+            indices = [len(t.tokens) - s.task.request.prompt_tokens for t, s in zip(tasks, sequences, strict=True)]
+            self._launched.append(self._take(sequences, tasks, *self._sample(tasks, indices, logits)))
+
+    def collect(self) -> StepOutput:
+        """Tasks whose logits are not finite or whose positions ran out have failed."""
+        return self._launched.popleft()
 
     @property
     def kv_handle(self) -> KvHandle | None:
@@ -218,30 +229,32 @@ class TorchRunner:
 
     # -- outputs --------------------------------------------------------------------------------------------------
 
-    def _sample(self, plan: Plan, logits: torch.Tensor) -> list[int]:
-        sequences = plan.sampling
-        tasks = [self._tasks[sequence.task_id] for sequence in sequences]
-        indices = [len(t.tokens) - s.task.request.prompt_tokens for t, s in zip(tasks, sequences, strict=True)]
-        highest, best = self._ops.best(logits)
-        tokens: list[int] = best.tolist()
+    def _sample(self, tasks: list[_Task], indices: list[int], logits: torch.Tensor) -> tuple[Tensor, Tensor]:
+        """For logits [S, V] of these tasks' output tokens `indices`: the tokens [S] int64, and the highest logits [S],
+        which tell whether the token is usable.
+        """
+        highest, tokens = self._ops.best(logits)
         drawn = [row for row, task in enumerate(tasks) if task.sampling.temperature > 0]
         if drawn:
             seeds = [tasks[row].sampling.seed for row in drawn]
             noise = gumbel(seeds, [indices[row] for row in drawn], logits.shape[1])
             temperatures = np.array([tasks[row].sampling.temperature for row in drawn], dtype=np.float32)
-            for row, token in zip(drawn, self._ops.draw(logits[drawn], temperatures, noise).tolist(), strict=True):
-                tokens[row] = token
-        reasons: dict[int, str] = {}
-        for row, (task, value) in enumerate(zip(tasks, highest.tolist(), strict=True)):
+            tokens[drawn] = self._ops.draw(logits[drawn], temperatures, noise)
+        forced = [row for row, task in enumerate(tasks) if indices[row] < len(task.forced)]
+        if forced:
+            tokens[forced] = torch.tensor([tasks[row].forced[indices[row]] for row in forced], device=tokens.device)
+        return tokens, highest
+
+    def _take(self, sequences: list[Sequence], tasks: list[_Task], tokens: Tensor, highest: Tensor) -> StepOutput:
+        """Sampled tokens reach the host."""
+        failed: dict[int, str] = {}
+        taken: list[list[int]] = []
+        for sequence, task, token, value in zip(sequences, tasks, tokens.tolist(), highest.tolist(), strict=True):
             if not math.isfinite(value):
-                reasons[sequences[row].task_id] = "its logits are not finite numbers"
-                self._unclean.update(sequences[row].blocks)
+                failed[sequence.task_id] = "its logits are not finite numbers"
+                self._unclean.update(sequence.blocks)
             elif len(task.tokens) > self._positions:
-                reasons[sequences[row].task_id] = f"the model has only {self.model.max_position} positions"
-            elif indices[row] < len(task.forced):
-                tokens[row] = task.forced[indices[row]]
-            task.tokens.append(tokens[row])
-        if reasons:
-            bad = {row for row, sequence in enumerate(sequences) if sequence.task_id in reasons}
-            raise TokenError(reasons, [0 if row in bad else token for row, token in enumerate(tokens)])
-        return tokens
+                failed[sequence.task_id] = f"the model has only {self.model.max_position} positions"
+            taken.append([] if sequence.task_id in failed else [token])
+            task.tokens.append(token)
+        return StepOutput(taken, failed)

@@ -289,7 +289,11 @@ def test_a_browser_draws_it_without_complaint(
         unfolded = tmp_path / f"unfolded_{path.name}"
         unfolded.write_text(path.read_text(encoding="utf-8").replace("<details>", "<details open>"), encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
-        options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,16000", "--virtual-time-budget=10000"]
+        options += [
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1300,16000",
+            "--virtual-time-budget=10000",
+        ]
         command = [CHROMIUM, *options, "--dump-dom", unfolded.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0

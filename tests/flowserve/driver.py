@@ -31,13 +31,14 @@ def make_prompt(seed: int, length: int, vocab: int = TINY.vocab_size) -> list[in
 
 
 class Engine:
-    """Engine core and torch runner in one process. `output`: task id → tokens sampled here."""
+    """Engine core and torch runner in one process. `output`: task id → tokens sampled here; `failed`: task id → why."""
 
     def __init__(self, folder: Path, dtype: str = "float32", **limits: Any) -> None:
         self.config = EngineConfig(**{"kv_blocks": 128, **limits})
         self.core = EngineCore(self.config)
         self.runner = TorchRunner(folder, self.config, dtype)
         self.output: dict[int, list[int]] = {}
+        self.failed: dict[int, str] = {}
         self.held: list[int] = []
         self._tasks = 0
 
@@ -65,13 +66,20 @@ class Engine:
         """One synchronous step; tasks in `stop` end with it."""
         plan = self.core.schedule()
         if plan is not None:
-            self.take(plan, self.runner.run(plan))
+            self.runner.launch(plan)
+            self.take(plan)
             self.complete(plan, stop)
         return plan
 
-    def take(self, plan: Plan, tokens: list[int]) -> None:
-        for sequence, token in zip(plan.sampling, tokens, strict=True):
-            self.output[sequence.task_id].append(token)
+    def take(self, plan: Plan) -> None:
+        """Collect a plan's tokens; tasks that failed are let go of."""
+        output = self.runner.collect()
+        for sequence, tokens in zip(plan.sampling, output.tokens, strict=True):
+            self.output[sequence.task_id] += tokens
+        for task_id in output.failed:
+            self.core.abort(task_id, keep=False)
+            self.runner.remove(task_id)
+        self.failed |= output.failed
 
     def complete(self, plan: Plan, stop: Sequence[int] = ()) -> None:
         for sequence, held in self.core.complete(plan, stop).finished:

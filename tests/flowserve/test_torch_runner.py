@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from cluster.request import KvSource
 from cluster.vocabulary import TaskKind
+from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.checkpoint import make_checkpoint
 from flowserve.runtime.runner import Payload, Runner, Sampling
-from flowserve.runtime.torch_runner import TokenError, TorchRunner
+from flowserve.runtime.torch_runner import TorchRunner
 from tests.flowserve.driver import TINY, Engine, Reference, make_prompt, serve
 
 LENGTHS = [1, 5, 16, 17, 31, 32, 33, 60, 100, 150]
@@ -102,18 +103,18 @@ def test_plans_may_be_issued_ahead_of_completion(folder: Path, alone: list[list[
     """With two plans in flight, a stop is learned late: the extra token is dropped, those before are the same."""
     engine = Engine(folder, max_in_flight=2)
     tasks = [engine.add(prompt, LIMIT) for prompt in PROMPTS]
-    in_flight: list[tuple[object, list[int]]] = []
+    in_flight: list[Plan] = []
     while True:
         plan = engine.core.schedule()
         if plan is not None:
-            in_flight.append((plan, engine.runner.run(plan)))
+            engine.runner.launch(plan)
+            in_flight.append(plan)
         if not in_flight:
             break
         if plan is None or len(in_flight) == 2:
-            oldest, tokens = in_flight.pop(0)
-            engine.take(oldest, tokens)  # type: ignore[arg-type]
-            stops = [task for task in tasks if len(engine.output[task]) == 10]
-            engine.complete(oldest, stops)  # type: ignore[arg-type]
+            oldest = in_flight.pop(0)
+            engine.take(oldest)
+            engine.complete(oldest, [task for task in tasks if len(engine.output[task]) == 10])
             engine.core.check_integrity()
     assert [engine.output[task][:10] for task in tasks] == [output[:10] for output in alone]
     engine.close()
@@ -250,16 +251,9 @@ def test_logits_that_are_not_numbers_fail_their_request_alone(folder: Path, alon
     embedding[poison] = float("nan")
     good = engine.add(PROMPTS[3], LIMIT)
     bad = engine.add([poison] * 100, LIMIT)
-    plan = engine.core.schedule()
-    assert plan is not None
-    with pytest.raises(TokenError, match=f"no token for task {bad}: its logits are not finite") as caught:
-        engine.runner.run(plan)
-    assert list(caught.value.reasons) == [bad]
-    assert caught.value.tokens == [alone[3][0], 0]
-    engine.core.abort(bad)
-    engine.runner.remove(bad)
-    engine.take(plan, caught.value.tokens)
-    engine.complete(plan)
+    engine.step()
+    assert engine.failed == {bad: "its logits are not finite numbers"}
+    assert (engine.output[good], engine.output[bad]) == (alone[3][:1], [])
     later = [engine.add(prompt, LIMIT) for prompt in PROMPTS[:4]]
     engine.run()
     assert engine.output[good] == alone[3]
@@ -272,8 +266,8 @@ def test_positions_run_out(tmp_path: Path) -> None:
     folder = make_checkpoint("short", msgspec.structs.replace(TINY, max_position=40), tmp_path)
     engine = Engine(folder)
     task = engine.add(make_prompt(0, 30), 100)
-    with pytest.raises(TokenError, match=f"task {task}: the model has only 40 positions"):
-        engine.run()
+    engine.run()
+    assert engine.failed == {task: "the model has only 40 positions"}
     assert 40 - 30 < len(engine.output[task]) <= 40 - 30 + 2
     engine.close()
 
