@@ -92,6 +92,7 @@ class RealSettings(msgspec.Struct, frozen=True):
     threads: int
     pin: bool
     record: bool
+    metrics_port: int | None
     keep_outputs: bool
     temperature: float
     step_s: float
@@ -279,6 +280,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
     from flowserve.runtime.runner import Sampling
     from flowserve.runtime.wire import NullDevice, TorchDevice
     from real.cluster import Engine, RealCluster
+    from real.metrics import ServingMetrics
 
     backend = cfg.backend
     device: NullDevice | TorchDevice
@@ -301,6 +303,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
         record=backend.record,
         keep_outputs=backend.keep_outputs,
         pin=backend.pin,
+        metrics=ServingMetrics(backend.metrics_port),
     )
 
 

@@ -34,6 +34,7 @@ from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime import wire
 from flowserve.runtime.runner import KvHandle, Sampling
 from real.frontend import Frontend
+from real.metrics import ServingMetrics
 from real.process import EngineProcess
 
 
@@ -62,7 +63,8 @@ class RealCluster(Cluster):
 
     `engine_for`: what an executor spec runs. `vocab_for`: vocabulary size of a model. `log_dir`: where engine processes
     write what they print, and with `record` every turn of their loops (`NAME.turns.jsonl`). `pin`: give each engine
-    process one CPU of its own in turn.
+    process one CPU of its own in turn. `metrics`: told of everything that happens; closed with the cluster, and written
+    to `log_dir` as `metrics.prom` then.
     """
 
     STOP_TIMEOUT_S = 5.0
@@ -78,7 +80,9 @@ class RealCluster(Cluster):
         record: bool = False,
         keep_outputs: bool = False,
         pin: bool = False,
+        metrics: ServingMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or ServingMetrics()
         self._engine_for = engine_for
         self._vocab_for = vocab_for
         self._sampling = sampling or Sampling()
@@ -159,6 +163,9 @@ class RealCluster(Cluster):
         self._socket.close()
         self._context.term()
         self._folder.cleanup()
+        if self._log_dir is not None:
+            (self._log_dir / "metrics.prom").write_bytes(self._metrics.text())
+        self._metrics.close()
 
     # -- beside the seam ------------------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class RealCluster(Cluster):
             self._open(action)
         elif isinstance(action, EndRequest):
             self._frontend_of.pop(action.request_id).close(action.request_id)
+            self._metrics.ended(action.request_id)
         event = relayed(action, self.now())
         assert event is not None
         self._emit(event)
@@ -198,6 +206,7 @@ class RealCluster(Cluster):
             self._lose(action.executor, action.job_executor, task)
             return
         executor.tasks[task.task_id] = (action.job_executor, task)
+        self._metrics.dispatched(action.executor, task, self.now())
         payload = self._frontend_of[task.request.request_id].payload(task)
         self._send(action.executor, wire.Deliver(Dispatch(action.job_executor, task), payload=payload))
 
@@ -241,6 +250,7 @@ class RealCluster(Cluster):
             record=str(folder / f"{name}.turns.jsonl") if folder is not None and self._record else None,
         )
         launched = self.now()
+        self._metrics.launched(name, action.spec.model)
         process = EngineProcess(setup, None if folder is None else folder / f"{name}.log")
         self._executors[name] = _Executor(action.spec, process, launched)
         self._poller.register(process.sentinel, zmq.POLLIN)
@@ -369,4 +379,5 @@ class RealCluster(Cluster):
         self._socket.send_multipart([name.encode(), wire.encode(message)])
 
     def _emit(self, event: ev.Event) -> None:
+        self._metrics.observe(event)
         self._events.append(event)
