@@ -83,7 +83,7 @@ def test_a_real_run_writes_the_same_files(deepflow: Command) -> None:
     said = deepflow("run", *NULL)
     assert said.code == 0, said
     assert {path.name for path in said.folder.iterdir()} == FILES - {"report.html"} | {"engines"}
-    assert {path.name for path in (said.folder / "engines").iterdir()} == {"te-0.log", "te-1.log"}
+    assert {path.name for path in (said.folder / "engines").iterdir()} == {"te-0.log", "te-1.log", "metrics.prom"}
     summary = read_summary(said.folder)
     assert summary.metrics["finished"] == 60
     assert summary.metrics["lag_max_s"] >= 0
