@@ -93,6 +93,7 @@ class RealSettings(msgspec.Struct, frozen=True):
     pin: bool
     record: bool
     metrics_port: int | None
+    log_level: str
     keep_outputs: bool
     temperature: float
     step_s: float
@@ -304,6 +305,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
         keep_outputs=backend.keep_outputs,
         pin=backend.pin,
         metrics=ServingMetrics(backend.metrics_port),
+        log_level=backend.log_level,
     )
 
 

@@ -32,6 +32,7 @@ from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime import wire
+from flowserve.runtime.log import LEVELS
 from flowserve.runtime.runner import KvHandle, Sampling
 from real.frontend import Frontend
 from real.metrics import ServingMetrics
@@ -62,9 +63,9 @@ class RealCluster(Cluster):
     """Executors as processes. Time is the monotonic clock since construction; one thread, the caller's.
 
     `engine_for`: what an executor spec runs. `vocab_for`: vocabulary size of a model. `log_dir`: where engine processes
-    write what they print, and with `record` every turn of their loops (`NAME.turns.jsonl`). `pin`: give each engine
-    process one CPU of its own in turn. `metrics`: told of everything that happens; closed with the cluster, and written
-    to `log_dir` as `metrics.prom` then.
+    write their logs, from `log_level` up (without a folder, warnings go to stderr), and with `record` every turn of
+    their loops (`NAME.turns.jsonl`). `pin`: give each engine process one CPU of its own in turn. `metrics`: told of
+    everything that happens; closed with the cluster, and written to `log_dir` as `metrics.prom` then.
     """
 
     STOP_TIMEOUT_S = 5.0
@@ -81,7 +82,11 @@ class RealCluster(Cluster):
         keep_outputs: bool = False,
         pin: bool = False,
         metrics: ServingMetrics | None = None,
+        log_level: str = "info",
     ) -> None:
+        if log_level not in LEVELS:
+            raise ValueError(f"log_level is {log_level!r}: allowed are {', '.join(LEVELS)}")
+        self._log_level = log_level
         self._metrics = metrics or ServingMetrics()
         self._engine_for = engine_for
         self._vocab_for = vocab_for
@@ -248,6 +253,7 @@ class RealCluster(Cluster):
             parent=os.getpid(),
             cpu=None if self._cpus is None else next(self._cpus),
             record=str(folder / f"{name}.turns.jsonl") if folder is not None and self._record else None,
+            log_level="warning" if folder is None else self._log_level,
         )
         launched = self.now()
         self._metrics.launched(name, action.spec.model)

@@ -8,6 +8,7 @@ from typing import IO
 
 import msgspec
 
+from flowserve.runtime.log import last_words
 from flowserve.runtime.wire import EngineSetup
 
 
@@ -40,8 +41,7 @@ class EngineProcess:
         code = self._process.wait(timeout=5)
         if code < 0:
             return f"killed by signal {-code}"
-        lines = [] if self._log is None else Path(self._log.name).read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        last = "" if self._log is None else last_words(Path(self._log.name).read_text(errors="replace"))
         return f"exited with status {code}" + (f": {last[:200]}" if last else "")
 
     @property

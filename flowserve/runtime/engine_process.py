@@ -5,11 +5,11 @@ with the process that started it, however that one ends.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import IO
 
@@ -17,12 +17,14 @@ import msgspec
 import zmq
 
 from cluster import identity
-from cluster.vocabulary import Stage
+from cluster.events import Event, ExecutorDrained, TaskAborted, TaskFailed, TaskFinished
+from cluster.vocabulary import Stage, to_s
 from flowserve.core.messages import Dispatch, KvFetched, KvOffered, Message
 from flowserve.core.plan import Plan
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.shell import Outbox, TaskExecutor
 from flowserve.runtime import wire
+from flowserve.runtime.log import engine_logger
 from flowserve.runtime.runner import KvHandle, Payload, Runner
 
 _PR_SET_PDEATHSIG = 1
@@ -32,8 +34,14 @@ class EngineLoop:
     """Turns of: messages in, schedule, run, complete, output out. Single-threaded; waits only when there is no work."""
 
     def __init__(
-        self, setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", runner: Runner, record: IO[bytes] | None
+        self,
+        setup: wire.EngineSetup,
+        socket: "zmq.Socket[bytes]",
+        runner: Runner,
+        record: IO[bytes] | None,
+        log: logging.Logger,
     ) -> None:
+        self._log = log
         self._setup = setup
         self._socket = socket
         self._runner = runner
@@ -139,6 +147,8 @@ class EngineLoop:
             self._payloads.pop(task_id, None)
         if tokens or outbox.events or outbox.peers:
             self._socket.send(wire.encode(wire.Output(tokens, outbox.events, outbox.peers)))
+        for event in outbox.events:
+            log_event(self._log, event)
         for transfer in outbox.transfers:
             try:
                 self._runner.fetch(self._handles[transfer.source], transfer.source_blocks, transfer.blocks)
@@ -146,6 +156,26 @@ class EngineLoop:
             except OSError:  # the source died and its memory with it: reported as a lost KV cache
                 success = False
             self._done.append(KvFetched(transfer.task_id, success))
+
+
+def log_event(log: logging.Logger, event: Event) -> None:
+    """Say in the log what became of a task."""
+    match event:
+        case TaskFailed():
+            about = {"request_id": event.request_id, "task_id": event.task_id}
+            log.warning("task failed", extra={**about, "reason": event.reason.value, "detail": event.detail})
+        case TaskFinished():
+            about = {"request_id": event.request_id, "task_id": event.task_id, "tokens": event.tokens}
+            log.debug(
+                "task finished",
+                extra={**about, "cached_tokens": event.cached_tokens, "preemptions": event.preemptions},
+            )
+        case TaskAborted():
+            log.debug("task aborted", extra={"request_id": event.request_id, "task_id": event.task_id})
+        case ExecutorDrained():
+            log.info("drained")
+        case _:
+            pass
 
 
 def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable[[], None]]:
@@ -167,7 +197,7 @@ def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable
     return torch_runner, torch_imports
 
 
-def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int) -> None:
+def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int, log: logging.Logger) -> None:
     """Start up stage by stage, then run the engine loop."""
 
     def now() -> int:
@@ -176,6 +206,7 @@ def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int) ->
     def stage_done(stage: Stage, since: int) -> int:
         at = now()
         socket.send(wire.encode(wire.StageDone(stage, at, at - since)))
+        log.info("start-up stage done", extra={"stage": stage.value, "seconds": to_s(at - since)})
         return at
 
     make, imports = make_runner(setup)
@@ -186,10 +217,12 @@ def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int) ->
     record = None if setup.record is None else open(setup.record, "wb")  # noqa: SIM115 (closed below)
     try:
         runner.warm_up()
-        loop = EngineLoop(setup, socket, runner, record)
+        loop = EngineLoop(setup, socket, runner, record, log)
         stage_done(Stage.TE_POST_LOAD, at)
         socket.send(wire.encode(wire.Ready(now(), runner.kv_handle)))
+        log.info("ready", extra={"spec": msgspec.to_builtins(setup.spec), "engine": msgspec.to_builtins(setup.engine)})
         loop.run()
+        log.info("told to stop")
     finally:
         runner.close()
         if record is not None:
@@ -213,11 +246,12 @@ def main() -> int:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(setup.address)
+    log = engine_logger(setup.executor, setup.log_level)
     try:
-        serve(setup, socket, born_ns)
+        serve(setup, socket, born_ns, log)
         return 0
     except Exception as error:
-        traceback.print_exc()
+        log.exception("crashed")
         socket.send(wire.encode(wire.Crashed(f"{type(error).__name__}: {error}")))
         return 1
     finally:

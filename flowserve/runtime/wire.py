@@ -43,6 +43,7 @@ class EngineSetup(msgspec.Struct, frozen=True):
     parent: int
     cpu: int | None = None
     record: str | None = None
+    log_level: str = "info"
 
 
 class Deliver(msgspec.Struct, frozen=True, tag=True):
