@@ -326,12 +326,12 @@ def model_folder(cfg: DictConfig) -> str:
             f"model {shape.name} has no weights: name a Hugging Face folder with model.folder=DIR, or take "
             "model=tiny_llama, whose weights are drawn at random"
         )
-    from flowserve.runtime.checkpoint import LlamaShape, make_checkpoint
+    from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 
     return str(
         make_checkpoint(
             shape.name,
-            LlamaShape(
+            CheckpointShape(
                 hidden_size=shape.hidden,
                 num_layers=shape.layers,
                 num_heads=shape.heads,

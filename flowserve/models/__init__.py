@@ -3,25 +3,35 @@
 import importlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from flowserve.models.decoder import DecoderConfig, Empty
 from flowserve.models.loader import load_weights
 from flowserve.ops.step import StepContext
 
-ARCHITECTURES = {"LlamaForCausalLM": "flowserve.models.llama"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "flowserve.models.llama",
+    "Qwen2ForCausalLM": "flowserve.models.qwen2",
+    "Qwen3ForCausalLM": "flowserve.models.qwen3",
+    "Qwen3MoeForCausalLM": "flowserve.models.qwen3_moe",
+}
 
 
 class Model(Protocol):
-    """What a runner needs of a model. A model's file has `build(config, dtype, device) -> Model`, its weights empty."""
+    """What a runner needs of a model."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     max_position: int
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end an output, from generation_config.json where there is one; none, one or several."""
+    bos_token_id: int | None
+    """The token that begins every text; None where the model has none."""
 
     def weights(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: its name there, and a view of the parameter that holds it."""
@@ -36,29 +46,63 @@ class Model(Protocol):
         ...
 
 
+class Family(Protocol):
+    """What a model's file offers."""
+
+    def read_config(self, config: dict[str, Any]) -> DecoderConfig:
+        """From config.json. Raises ValueError, without the file's name, for what the family does not implement."""
+        ...
+
+    def build(self, config: DecoderConfig, empty: Empty) -> Model:
+        """A model of what its own `read_config` returned, its weights uninitialised."""
+        ...
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
     """A model with its weights, from a folder with config.json and safetensors files; `set_positions` is still to come.
 
     Raises ValueError where the folder, its architecture or its weights are not what they should be.
     """
-    config = _read_config(folder)
-    names = config.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
-        raise ValueError(f"{folder}: architecture {names[0]!r} is not supported: {', '.join(ARCHITECTURES)} are")
-    module = importlib.import_module(ARCHITECTURES[names[0]])
-    model: Model = module.build(config, dtype, device)
+    family, config = _read(folder)
+    model = family.build(config, lambda *shape: torch.empty(shape, dtype=dtype, device=device))
     load_weights(folder, model.weights())
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> DecoderConfig:
+    """What config.json and generation_config.json say. Raises ValueError as `load_model` does."""
+    return _read(folder)[1]
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The file that implements a config.json. Raises ValueError where there is none."""
+    name = (config.get("architectures") or [None])[0]
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name!r} is not supported: {', '.join(ARCHITECTURES)} are")
+    return cast(Family, importlib.import_module(ARCHITECTURES[name]))
+
+
+def _read(folder: Path) -> tuple[Family, DecoderConfig]:
     path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: a model is a Hugging Face folder")
+    config = _read_json(path)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        stops = _read_json(generation)
+        config |= {name: stops[name] for name in ("eos_token_id", "bos_token_id") if stops.get(name) is not None}
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: a model is a Hugging Face folder") from None
-    except json.JSONDecodeError as error:
+        family = family_of(config)
+        return family, family.read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, not an object")
-    return config
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
+    return content

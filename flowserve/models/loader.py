@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-RECOMPUTED = "rotary_emb.inv_freq"
-"""Old checkpoints carry this buffer, which follows from the configuration."""
+REDUNDANT = ("rotary_emb.inv_freq", "lm_head.weight")
+"""Ends of names that some checkpoints carry though the model has no place for them: a buffer that follows from the
+configuration, and the output matrix of a model that takes its embedding for it.
+"""
 
 
 def load_weights(folder: Path, weights: dict[str, Tensor]) -> None:
@@ -27,7 +29,7 @@ def load_weights(folder: Path, weights: dict[str, Tensor]) -> None:
         for name in [name for name in weights if name not in where]:
             raise ValueError(f"{folder}: tensor {name} is missing, it is in none of {listed}")
         for name in [name for name in where if name not in weights]:
-            if not name.endswith(RECOMPUTED):
+            if not name.endswith(REDUNDANT):
                 raise ValueError(f"{folder / where[name]}: tensor {name} is unexpected, the model has no place for it")
             del where[name]
         for name, file in where.items():
@@ -46,7 +48,7 @@ def _files(folder: Path) -> list[str]:
         return [SINGLE]
     try:
         index = json.loads((folder / INDEX).read_text())
-        return sorted(set(index["weight_map"].values()))
+        return sorted({str(Path(name)) for name in index["weight_map"].values()})
     except FileNotFoundError:
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):

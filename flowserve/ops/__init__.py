@@ -2,7 +2,8 @@
 
 Shapes follow the operators that serving accelerators offer (packed tokens, slot mapping, block table, lengths per
 sequence), so that a device file is a thin layer over its vendor's calls and `cpu` is the reference for all of them.
-T: packed tokens of a step, H and K: query and KV heads, D: head size, S: sampled rows, V: vocabulary.
+T: packed tokens of a step, H and K: query and KV heads, D: head size, S: sampled rows, V: vocabulary, E: experts of a
+layer, F: intermediate size of an MLP.
 """
 
 import importlib
@@ -31,6 +32,12 @@ class Ops(Protocol):
         """x [T, hidden] / sqrt(mean(x^2) + eps) * weight [hidden]."""
         ...
 
+    def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> None:
+        """`rms_norm` of every head of x [T, heads, D] by itself, with weight [D], in place: x is a view of a wider
+        tensor (its last dimension is contiguous).
+        """
+        ...
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary embedding of x [T, heads, D], in place, halves layout. cos [T, 1, D], sin [T, 1, D], the latter with
         its first half negated.
@@ -39,6 +46,15 @@ class Ops(Protocol):
 
     def swiglu(self, x: Tensor) -> Tensor:
         """silu(gate) * up for x [T, 2F] = (gate, up); returns [T, F]."""
+        ...
+
+    def experts(self, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Mixture of experts behind its router: for each token t of x [T, hidden], the sum over j of
+        weights[t, j] * swiglu(x[t] @ gate_up[e]) @ down[e], where e = chosen[t, j]; returns [T, hidden].
+
+        weights [T, k]; chosen [T, k] int64, k different experts of E per token in any order; gate_up [E, hidden, 2F] =
+        (gate, up) and down [E, F, hidden], all contiguous. Experts that no token chose cost nothing, or little.
+        """
         ...
 
     def store_kv(self, kv: Tensor, cache: Any, step: StepContext) -> None:

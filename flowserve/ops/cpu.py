@@ -99,6 +99,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.addcmul(zero, x, weight, value=math.sqrt(size)).div_(norm.hypot_(floor))
 
 
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    _, floor = _constants(math.sqrt(x.shape[-1] * eps))
+    x.div_(norm.hypot_(floor).mul_(x.shape[-1] ** -0.5)).mul_(weight)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=x)
 
@@ -106,6 +112,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Tokens sorted by expert, so that each expert is two multiplications of the rows that chose it."""
+    (tokens, count), chosen = chosen.shape, chosen.flatten()
+    order = chosen.argsort(stable=True)
+    rows = x.index_select(0, order // count)
+    out = torch.empty_like(rows)
+    start = 0
+    for expert, taken in enumerate(torch.bincount(chosen).tolist()):
+        if taken:
+            part = slice(start, start := start + taken)
+            torch.mm(swiglu(torch.mm(rows[part], gate_up[expert])), down[expert], out=out[part])
+    by_token = torch.empty_like(out).index_copy_(0, order, out)
+    return torch.bmm(weights[:, None], by_token.view(tokens, count, -1))[:, 0]
 
 
 def store_kv(kv: Tensor, cache: LayerCache, step: StepContext) -> None:

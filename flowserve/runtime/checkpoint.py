@@ -1,11 +1,11 @@
-"""Tiny Llama checkpoints with seeded random weights, made once: models to run where nothing can be downloaded."""
+"""Tiny checkpoints with seeded random weights, made once: models to run where nothing can be downloaded."""
 
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -13,12 +13,25 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+from flowserve.models import family_of
+
+FORMAT = 2
 """Part of the folder's name: to be raised when the same shape and seed no longer give the same weights."""
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""Hugging Face's model types and their architectures."""
 
 
-class LlamaShape(msgspec.Struct, frozen=True):
-    """Sizes of a Llama model and the seed of its weights. The default has 4 M parameters: 14 MB in float32."""
+class CheckpointShape(msgspec.Struct, frozen=True):
+    """Sizes of a model and the seed of its weights. The default is a Llama of 4 M parameters: 14 MB in float32.
+
+    `head_dim` 0: hidden_size / num_heads. `num_experts` and what follows it: of a mixture of experts, all its layers
+    being sparse; 0 for the other families.
+    """
 
     hidden_size: int = 256
     num_layers: int = 4
@@ -27,27 +40,41 @@ class LlamaShape(msgspec.Struct, frozen=True):
     intermediate_size: int = 688
     vocab_size: int = 2048
     max_position: int = 32768
+    family: str = "llama"
+    head_dim: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
     tie: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if name not in ("tie", "seed") and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.hidden_size % (2 * self.num_heads):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}: allowed are {', '.join(FAMILIES)}")
+        derived = not self.head_dim
+        if derived:
+            msgspec.structs.force_setattr(self, "head_dim", self.hidden_size // max(self.num_heads, 1))
+        experts = ("num_experts", "experts_per_token", "expert_size")
+        for name, value in msgspec.structs.asdict(self).items():
+            if name in experts and self.family != "qwen3_moe":
+                if value:
+                    raise ValueError(f"{name} is {value}: a {self.family} model has no experts")
+            elif name != "seed" and type(value) is int and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if derived and self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
 
-def make_checkpoint(name: str, shape: LlamaShape | None = None, root: Path | None = None) -> Path:
-    """The folder of a checkpoint, `<root>/<name>-<hash>`: config.json as Hugging Face writes it, model.safetensors in
-    float32.
+def make_checkpoint(name: str, shape: CheckpointShape | None = None, root: Path | None = None) -> Path:
+    """The folder of a checkpoint, `<root>/<name>-<hash>`: config.json as Hugging Face writes it, model.safetensors.
 
     Made where it is not there yet, under another name first, so that a folder of that name is always complete, whoever
     else makes it at the same time. `root`: the user's cache where None.
     """
-    shape = shape or LlamaShape()
+    shape = shape or CheckpointShape()
     root = root or Path.home() / ".cache" / "deepflow" / "models"
     key = xxhash.xxh3_64_hexdigest(repr((FORMAT, msgspec.structs.astuple(shape))).encode())
     folder = root / f"{name}-{key}"
@@ -69,16 +96,16 @@ def make_checkpoint(name: str, shape: LlamaShape | None = None, root: Path | Non
     return folder
 
 
-def hf_config(shape: LlamaShape) -> dict[str, Any]:
+def hf_config(shape: CheckpointShape) -> dict[str, Any]:
     """config.json."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    config = {
+        "architectures": [FAMILIES[shape.family]],
+        "model_type": shape.family,
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.hidden_size // shape.num_heads,
+        "head_dim": shape.head_dim,
         "intermediate_size": shape.intermediate_size,
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_position,
@@ -86,47 +113,40 @@ def hf_config(shape: LlamaShape) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": shape.tie,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": "float32",
+        "torch_dtype": shape.dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
+    if shape.num_experts:
+        config |= {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.expert_size,
+            "norm_topk_prob": True,
+        }
+    return config
 
 
-def random_weights(shape: LlamaShape) -> dict[str, Tensor]:
+def random_weights(shape: CheckpointShape) -> dict[str, Tensor]:
     """Normal weights of variance 1 / fan-in, so that logits have a spread of about 1 and depend on the whole context.
 
     The matrices that add to the residual stream are smaller by sqrt(2 layers), as in GPT-2. Hugging Face's constant
     0.02 is the same for a hidden size of 2500; at 256 it would leave all logits nearly equal. Norm weights scatter
-    around 1, so that a norm that is skipped or swapped shows.
+    around 1 and biases around 0, so that one that is skipped or swapped shows.
     """
     generator = torch.Generator().manual_seed(shape.seed)
-    head_dim = shape.hidden_size // shape.num_heads
-    hidden, queries, keys = shape.hidden_size, shape.num_heads * head_dim, shape.num_kv_heads * head_dim
-
-    def normal(out: int, fan_in: int, scale: float = 1.0) -> Tensor:
-        return torch.empty(out, fan_in).normal_(std=scale * fan_in**-0.5, generator=generator)
-
-    def norm() -> Tensor:
-        return torch.empty(hidden).normal_(mean=1.0, std=0.1, generator=generator)
-
-    residual = (2 * shape.num_layers) ** -0.5
-    weights = {"model.embed_tokens.weight": normal(shape.vocab_size, hidden)}
-    for layer in range(shape.num_layers):
-        weights |= {
-            f"model.layers.{layer}.{name}.weight": tensor
-            for name, tensor in {
-                "input_layernorm": norm(),
-                "self_attn.q_proj": normal(queries, hidden),
-                "self_attn.k_proj": normal(keys, hidden),
-                "self_attn.v_proj": normal(keys, hidden),
-                "self_attn.o_proj": normal(hidden, queries, residual),
-                "post_attention_layernorm": norm(),
-                "mlp.gate_proj": normal(shape.intermediate_size, hidden),
-                "mlp.up_proj": normal(shape.intermediate_size, hidden),
-                "mlp.down_proj": normal(hidden, shape.intermediate_size, residual),
-            }.items()
-        }
-    weights["model.norm.weight"] = norm()
-    if not shape.tie:
-        weights["lm_head.weight"] = normal(shape.vocab_size, hidden)
-    return weights
+    config = hf_config(shape)
+    family = family_of(config)
+    places = family.build(family.read_config(config), lambda *sizes: torch.empty(sizes, device="meta")).weights()
+    weights = {}
+    for name, place in places.items():
+        tensor = weights[name] = torch.empty(place.shape)
+        if name.endswith("norm.weight"):
+            tensor.normal_(mean=1.0, std=0.1, generator=generator)
+        elif name.endswith(".bias"):
+            tensor.normal_(std=0.5, generator=generator)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * shape.num_layers) ** -0.5 if residual else 1.0
+            tensor.normal_(std=scale * place.shape[1] ** -0.5, generator=generator)
+    return {name: tensor.to(getattr(torch, shape.dtype)) for name, tensor in weights.items()}

@@ -16,11 +16,11 @@ from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.models import Model
 from flowserve.ops.step import StepContext
-from flowserve.runtime.checkpoint import LlamaShape
+from flowserve.runtime.checkpoint import CheckpointShape
 from flowserve.runtime.runner import Payload, Sampling
 from flowserve.runtime.torch_runner import TorchRunner
 
-TINY = LlamaShape(
+TINY = CheckpointShape(
     hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=256, max_position=512
 )
 GREEDY = Sampling()
@@ -144,7 +144,7 @@ class Reference:
     """The reference implementation on the same weights."""
 
     def __init__(self, folder: Path) -> None:
-        self.model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """[len(tokens), vocab]."""

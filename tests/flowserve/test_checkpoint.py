@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file
 
 from flowserve.runtime import checkpoint
-from flowserve.runtime.checkpoint import LlamaShape, make_checkpoint
+from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 
-SMALL = LlamaShape(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=48, vocab_size=64)
+SMALL = CheckpointShape(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=48, vocab_size=64)
 
 
 def test_the_same_shape_is_made_once(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_the_same_shape_is_made_once(tmp_path: Path) -> None:
     made = (first / "model.safetensors").stat().st_mtime_ns
     assert make_checkpoint("a", SMALL, tmp_path) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == made
-    others = {make_checkpoint("a", LlamaShape(seed=1), tmp_path), make_checkpoint("b", SMALL, tmp_path)}
+    others = {make_checkpoint("a", CheckpointShape(seed=1), tmp_path), make_checkpoint("b", SMALL, tmp_path)}
     assert len({first, *others}) == 3
 
 
@@ -67,7 +67,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("tie", [False, True])
 def test_transformers_reads_it(tmp_path: Path, tie: bool) -> None:
     """Configuration and weights are complete by the reference implementation's own account."""
-    folder = make_checkpoint("a", LlamaShape(tie=tie, vocab_size=256), tmp_path)
+    folder = make_checkpoint("a", CheckpointShape(tie=tie, vocab_size=256), tmp_path)
     load: Any = transformers.LlamaForCausalLM.from_pretrained
     model, info = load(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -79,7 +79,7 @@ def test_transformers_reads_it(tmp_path: Path, tie: bool) -> None:
 
 def test_logits_are_not_degenerate(tmp_path: Path) -> None:
     """Logits spread by about 1, differ with the context, and greedy decoding does not fall into one token."""
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(make_checkpoint("a", LlamaShape(), tmp_path))
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(make_checkpoint("a", CheckpointShape(), tmp_path))
     tokens = torch.randint(0, 2048, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = model(tokens).logits[:, -1]
@@ -102,4 +102,4 @@ def test_logits_are_not_degenerate(tmp_path: Path) -> None:
 def test_impossible_shapes_are_refused(sizes: dict[str, int], message: str) -> None:
     """A shape that is no Llama model is refused when it is written down."""
     with pytest.raises(ValueError, match=message):
-        LlamaShape(**sizes)  # type: ignore[arg-type]
+        CheckpointShape(**sizes)  # type: ignore[arg-type]

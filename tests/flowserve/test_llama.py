@@ -1,4 +1,4 @@
-"""The Llama model and its operators against transformers, and checkpoints that are not what they should be."""
+"""Llama in its variants and the CPU's operators, and checkpoints that are not what they should be."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from flowserve.models import Model, load_model
 from flowserve.ops import Ops, cpu, load
 from flowserve.ops.noise import gumbel
-from flowserve.runtime.checkpoint import LlamaShape, make_checkpoint
+from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from tests.flowserve.driver import TINY, Reference, make_prompt, packed_logits
 
 CPU = torch.device("cpu")
@@ -99,9 +98,11 @@ def test_logits_of_other_shapes(tmp_path: Path, shape: dict[str, Any]) -> None:
         {"rope_theta": 500000.0},
         {"rope_scaling": LLAMA3},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2, "beta_fast": 16}},
         {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 1000.0}},
     ],
-    ids=["theta", "llama3", "linear", "new style"],
+    ids=["theta", "llama3", "linear", "yarn", "yarn with its options", "new style"],
 )
 def test_logits_with_other_rotary_embeddings(copy: Path, change: dict[str, Any]) -> None:
     """Rope parameters are understood as config.json of old and new releases writes them."""
@@ -109,26 +110,6 @@ def test_logits_with_other_rotary_embeddings(copy: Path, change: dict[str, Any])
     tokens = make_prompt(1, 150)
     logits = packed_logits(load_float32(copy), tokens, [150])
     torch.testing.assert_close(logits, Reference(copy).logits(tokens), atol=1e-4, rtol=0)
-
-
-def test_a_folder_that_transformers_wrote(tmp_path: Path) -> None:
-    """Sharded weights behind an index load, with a head size that hidden size and heads do not give."""
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=96,
-        vocab_size=256,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    tokens = make_prompt(2, 50)
-    logits = packed_logits(load_float32(tmp_path), tokens, [50])
-    torch.testing.assert_close(logits, Reference(tmp_path).logits(tokens), atol=1e-4, rtol=0)
 
 
 def test_bfloat16_is_close(folder: Path) -> None:
@@ -203,12 +184,15 @@ def test_draws_follow_the_softmax() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported: LlamaForCausalLM are"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported: LlamaForCausalLM, Qwen2"),
         ({"architectures": None}, "architecture None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
-        ({"vocab_size": None}, "vocab_size is missing"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic"}},
+            "rope type 'dynamic' is not supported: default, linear, llama3, yarn",
+        ),
+        ({"vocab_size": None}, "missing required field `vocab_size`"),
     ],
 )
 def test_configurations_that_are_not_supported(copy: Path, change: dict[str, Any], message: str) -> None:
@@ -247,11 +231,23 @@ def test_old_checkpoints_with_inverse_frequencies_load(copy: Path) -> None:
     load_float32(copy)
 
 
+def test_an_output_matrix_beside_tied_embeddings_is_not_used(copy: Path) -> None:
+    """Some checkpoints store the embedding twice though the configuration ties them."""
+    edit_config(copy, tie_word_embeddings=True)
+    assert "lm_head.weight" in load_file(copy / "model.safetensors")
+    model, tokens = load_float32(copy), make_prompt(4, 20)
+    edit_weights(copy, lambda w: w.pop("lm_head.weight"))
+    torch.testing.assert_close(packed_logits(model, tokens, [20]), Reference(copy).logits(tokens), atol=1e-4, rtol=0)
+
+
 def test_files_that_are_not_there_or_not_readable(copy: Path) -> None:
     """A folder without weights, with a shard missing, with a broken file or without config.json says which file."""
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
+        load_float32(copy)
+    weights.write_bytes(whole[:-1000])
     with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
         load_float32(copy)
     weights.unlink()
@@ -261,9 +257,10 @@ def test_files_that_are_not_there_or_not_readable(copy: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "shard-1.safetensors"}}))
     with pytest.raises(ValueError, match=r"shard-1.safetensors does not exist, though the index names it"):
         load_float32(copy)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="is no index"):
-        load_float32(copy)
+    for broken in ("[]", "{", '{"weight_map": {"model.norm.weight": 3}}'):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match="is no index"):
+            load_float32(copy)
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         load_float32(copy)
@@ -274,4 +271,4 @@ def test_files_that_are_not_there_or_not_readable(copy: Path) -> None:
 
 def test_the_default_shape_is_the_measured_one() -> None:
     """Figures in the documentation are for this shape."""
-    assert msgspec.structs.astuple(LlamaShape())[:6] == (256, 4, 4, 2, 688, 2048)
+    assert msgspec.structs.astuple(CheckpointShape())[:6] == (256, 4, 4, 2, 688, 2048)

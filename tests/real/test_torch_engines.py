@@ -10,14 +10,14 @@ from cluster.manager import GroupPlan
 from cluster.request import Answer, Arrival, Request, Trigger
 from flowserve.core.record import read_turns
 from flowserve.core.scheduler import EngineConfig
-from flowserve.runtime.checkpoint import LlamaShape, make_checkpoint
+from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.wire import TorchDevice
 from real.cluster import Engine, RealCluster
 from tests.builders import MODEL, chain, disaggregated, make_spec
 from tests.contract.backends import ACTORS, Driver
 from tests.real.engines import COLOCATED, RealRun, Watch, kill_on, run_real, shared_memory
 
-SHAPE = LlamaShape(
+SHAPE = CheckpointShape(
     hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=256, max_position=512
 )
 # Prompts take several chunks, and the KV cache holds them all.
