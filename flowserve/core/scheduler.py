@@ -306,7 +306,7 @@ class EngineCore:
         fetching = sequence.task.kv is not None and not sequence.preemptions
         target = sequence.target - 1 if fetching else sequence.target
         ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self.config.block_tokens
-        node, cached = self.rtc.match_by_prefix(ids, min(limit, len(ids)) if self.config.prefix_cache else 0)
+        node, cached, _ = self.rtc.match_by_prefix_token(ids, min(limit, len(ids)) if self.config.prefix_cache else 0)
         need = self._blocks_for(target) - len(cached)
         reserve = 0 if alone else self._watermark
         blocks = self.rtc.alloc_blocks(need) if need + reserve <= self.rtc.available else None
@@ -385,11 +385,7 @@ class EngineCore:
     def _append_block(self, sequence: Sequence) -> bool:
         if len(sequence.blocks) * self.config.block_tokens > sequence.position:
             return True
-        blocks = self.rtc.alloc_blocks(1)
-        if blocks is None:
-            return False
-        sequence.blocks += blocks
-        return True
+        return self.rtc.append_block(sequence.blocks)
 
     def _victim(self) -> Sequence:
         """The newest running sequence that computes here (a transfer in progress cannot be taken back)."""

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cluster import identity
 from cluster.identity import BlockIds
 from flowserve.core.rtc import Node, Rtc
+from flowserve.core.tiers import Tier
 from tests.builders import chain
 
 
@@ -73,7 +74,7 @@ class RtcModel(RuleBasedStateMachine):
         ids: BlockIds = chain(*path) if path else identity.unique(unique)
         limit = min(cut, len(ids))
         depth = self.cached_prefix(ids, limit)
-        node, cached = self.rtc.match_by_prefix(ids, limit)
+        node, cached, _ = self.rtc.match_by_prefix_token(ids, limit)
         assert cached == [self.block_of[each] for each in ids[:depth]]
         self.model_lock(ids[:depth], +1)
         self.users.append(User(ids, node, depth, cached, []))
@@ -171,7 +172,7 @@ TestRtcModel.settings = settings(max_examples=150, stateful_step_count=40)
 
 def cache(rtc: Rtc, ids: BlockIds) -> list[int]:
     """Compute a context and leave it in the cache, unlocked; returns the blocks that hold it."""
-    node, cached = rtc.match_by_prefix(ids, len(ids))
+    node, cached, _ = rtc.match_by_prefix_token(ids, len(ids))
     blocks = rtc.alloc_blocks(len(ids) - len(cached))
     assert blocks is not None
     node, duplicates = rtc.insert(node, len(cached), ids, [*cached, *blocks])
@@ -192,7 +193,7 @@ def test_the_longest_common_prefix_is_found(first: list[int], second: list[int],
     common = 0
     while common < min(len(first), len(second)) and first[common] == second[common]:
         common += 1
-    node, found = rtc.match_by_prefix(chain(*second), min(limit, len(second)))
+    node, found, _ = rtc.match_by_prefix_token(chain(*second), min(limit, len(second)))
     assert found == blocks[: min(limit, common)]
     rtc.unlock(node)
     rtc.check_integrity([])
@@ -203,9 +204,9 @@ def test_ranges_serve_as_ids(length: int, limit: int, stride: int) -> None:
     """Content shared with nobody is named by a range, whole or every n-th id, and found again by an equal one."""
     rtc = Rtc(20)
     blocks = cache(rtc, identity.unique(7)[stride - 1 :: stride][:length])
-    _, found = rtc.match_by_prefix(identity.unique(7)[stride - 1 :: stride], limit)
+    found = rtc.match_by_prefix_token(identity.unique(7)[stride - 1 :: stride], limit).blocks
     assert found == blocks[:limit]
-    _, foreign = rtc.match_by_prefix(identity.unique(8)[stride - 1 :: stride], limit)
+    foreign = rtc.match_by_prefix_token(identity.unique(8)[stride - 1 :: stride], limit).blocks
     assert foreign == []
 
 
@@ -214,12 +215,12 @@ def test_leaves_go_in_order_of_their_last_use() -> None:
     rtc = Rtc(6)
     cache(rtc, chain(1, 1, 1))
     cache(rtc, chain(2, 2, 2))
-    node, _ = rtc.match_by_prefix(chain(1, 1, 1), 3)
+    node, *_ = rtc.match_by_prefix_token(chain(1, 1, 1), 3)
     rtc.unlock(node)
     taken = rtc.alloc_blocks(3)
     assert taken is not None
-    assert rtc.match_by_prefix(chain(1, 1, 1), 3)[1] == [0, 1, 2]
-    assert rtc.match_by_prefix(chain(2, 2, 2), 3)[1] == []
+    assert rtc.match_by_prefix_token(chain(1, 1, 1), 3)[1] == [0, 1, 2]
+    assert rtc.match_by_prefix_token(chain(2, 2, 2), 3)[1] == []
     assert rtc.evicted_blocks == 3
 
 
@@ -230,8 +231,8 @@ def test_a_shared_prefix_outlives_its_branches() -> None:
     cache(rtc, chain(1, 1, 2, 2))
     assert sorted(len(node.blocks) for node in rtc.nodes()) == [2, 2, 2]
     assert rtc.alloc_blocks(8 - 6 + 3) is not None
-    assert len(rtc.match_by_prefix(chain(1, 1, 1, 1), 4)[1]) == 2  # the branch used longer ago is gone …
-    assert len(rtc.match_by_prefix(chain(1, 1, 2, 2), 4)[1]) == 3  # … and the end of the other
+    assert len(rtc.match_by_prefix_token(chain(1, 1, 1, 1), 4)[1]) == 2  # the branch used longer ago is gone …
+    assert len(rtc.match_by_prefix_token(chain(1, 1, 2, 2), 4)[1]) == 3  # … and the end of the other
 
 
 def test_what_a_sequence_uses_is_not_evicted() -> None:
@@ -239,7 +240,7 @@ def test_what_a_sequence_uses_is_not_evicted() -> None:
     rtc = Rtc(4)
     cache(rtc, chain(1, 1))
     cache(rtc, chain(2, 2))
-    node, _ = rtc.match_by_prefix(chain(1, 1), 2)
+    node, *_ = rtc.match_by_prefix_token(chain(1, 1), 2)
     assert rtc.available == 2
     assert rtc.alloc_blocks(3) is None
     assert rtc.cached_blocks == 4
@@ -251,10 +252,10 @@ def test_a_lock_on_part_of_a_run_protects_only_that_part() -> None:
     """A prompt that uses the first blocks of a run leaves the rest of it evictable."""
     rtc = Rtc(4)
     cache(rtc, chain(1, 1, 1, 1))
-    rtc.match_by_prefix(chain(1, 2), 2)
+    rtc.match_by_prefix_token(chain(1, 2), 2)
     assert rtc.available == 3
     assert rtc.alloc_blocks(3) is not None
-    assert rtc.match_by_prefix(chain(1, 1, 1, 1), 4)[1] == [0]
+    assert rtc.match_by_prefix_token(chain(1, 1, 1, 1), 4)[1] == [0]
 
 
 def test_a_cache_that_is_never_full_keeps_a_short_queue() -> None:
@@ -262,7 +263,7 @@ def test_a_cache_that_is_never_full_keeps_a_short_queue() -> None:
     rtc = Rtc(8)
     for _ in range(1000):
         cache(rtc, chain(1, 2, 3))
-    assert len(rtc._leaves) <= 2 * 8 + 1
+    assert len(rtc.pools[Tier.HBM].leaves) <= 2 * 8 + 1
     assert rtc.alloc_blocks(8) is not None
     assert rtc.cached_blocks == 0
 
