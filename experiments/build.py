@@ -19,6 +19,7 @@ from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
 from experiments.config import build, plain, typed
 from flowserve.core.scheduler import EngineConfig
+from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware, ModelShape
 
 ROLES_THAT_SERVE = (
@@ -29,6 +30,19 @@ ROLES_THAT_SERVE = (
 )
 LARGEST_RANDOM_MODEL = 500_000_000
 """Parameters. Random weights serve to try things out; nobody means to write those of a large model to the disk."""
+
+
+DRAWING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+)
+"""What `sampling` sets of `Sampling`, for all requests of a run."""
 
 
 class GroupConfig(msgspec.Struct, frozen=True):
@@ -95,7 +109,6 @@ class RealSettings(msgspec.Struct, frozen=True):
     metrics_port: int | None
     log_level: str
     keep_outputs: bool
-    temperature: float
     step_s: float
     prefill_token_s: float
 
@@ -108,6 +121,7 @@ def check_types(cfg: DictConfig) -> None:
         (cfg.backend, RealSettings if cfg.backend.name == "real" else SimSettings, "backend"),
     ):
         typed({field: node[field] for field in kind.__struct_fields__}, kind, where)
+    sampling(cfg)
     for field in ("report_period_s", "step_s", "prefill_token_s"):
         if cfg.backend.get(field, 0.0) < 0:
             raise ValueError(f"backend.{field} is {cfg.backend[field]}: allowed are seconds from 0 up")
@@ -278,7 +292,6 @@ def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
 
 
 def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Cluster:
-    from flowserve.runtime.runner import Sampling
     from flowserve.runtime.wire import NullDevice, TorchDevice
     from real.cluster import Engine, RealCluster
     from real.metrics import ServingMetrics
@@ -298,7 +311,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
         actors,
         engines.__getitem__,
         lambda _: int(cfg.model.shape.vocab),
-        Sampling(backend.temperature, cfg.seed),
+        sampling(cfg),
         backend.report_period_s,
         logs,
         record=backend.record,
@@ -307,6 +320,15 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
         metrics=ServingMetrics(backend.metrics_port),
         log_level=backend.log_level,
     )
+
+
+def sampling(cfg: DictConfig) -> Sampling:
+    """How real engines draw tokens; each request gets a seed of its own, counted from the run's."""
+    values = plain(cfg.sampling)
+    unknown = sorted(set(values) - set(DRAWING))
+    if unknown:
+        raise ValueError(f"sampling.{unknown[0]}: allowed are {', '.join(DRAWING)}; where outputs end is in the trace")
+    return typed(values, Sampling, "sampling").for_request(cfg.seed)
 
 
 def device_name(cfg: DictConfig) -> str:

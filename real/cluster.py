@@ -33,7 +33,8 @@ from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequest
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime import wire
 from flowserve.runtime.log import LEVELS
-from flowserve.runtime.runner import KvHandle, Sampling
+from flowserve.runtime.runner import KvHandle
+from flowserve.runtime.sampling import Sampling
 from real.frontend import Frontend
 from real.metrics import ServingMetrics
 from real.process import EngineProcess

@@ -2,7 +2,8 @@
 
 from cluster.request import Answer, Request, Task
 from cluster.tokens import answer_tokens_of, prompt_tokens_of
-from flowserve.runtime.runner import Payload, Sampling
+from flowserve.runtime.runner import Payload
+from flowserve.runtime.sampling import Sampling
 
 
 class Frontend:
@@ -36,9 +37,10 @@ class Frontend:
         self._request_of[task.task_id] = number
         return Payload(
             tokens=self._prompts[number] + output[: task.generated],
-            sampling=Sampling(self._sampling.temperature, self._sampling.seed + number),
+            sampling=self._sampling.for_request(number),
             answer=self._answers[number],
             forced=self._forced[number],
+            generated=task.generated,
         )
 
     def take(self, task_id: int, index: int, token: int) -> None:

@@ -9,7 +9,6 @@ layer, F: intermediate size of an MLP.
 import importlib
 from typing import Any, Protocol, cast
 
-import numpy as np
 from torch import Tensor
 
 from flowserve.ops.step import StepContext
@@ -70,13 +69,6 @@ class Ops(Protocol):
 
     def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Per row of logits [S, V]: the largest (NaN where any is NaN) and its index, both [S]."""
-        ...
-
-    def draw(self, logits: Tensor, temperatures: np.ndarray, noise: np.ndarray) -> Tensor:
-        """argmax(logits / temperature + noise) per row: with Gumbel noise, a draw from softmax(logits / temperature).
-
-        logits [S, V], host arrays float32: temperatures [S], noise [S, V]. Returns [S] int64.
-        """
         ...
 
 

@@ -148,10 +148,6 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
-def draw(logits: Tensor, temperatures: np.ndarray, noise: np.ndarray) -> Tensor:
-    return torch.addcdiv(torch.from_numpy(noise), logits.float(), torch.from_numpy(temperatures)[:, None]).argmax(-1)
-
-
 def _attend_chunk(query: Tensor, kv: Tensor, cache: LayerCache, chunk: _Chunk) -> Tensor:
     """[count, H, D]. From position 0 on, the chunk's own keys and values are all there is: the cache is not read."""
     (count, heads, size), kv_heads = query.shape, cache.kv_heads

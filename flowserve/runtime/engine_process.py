@@ -48,6 +48,7 @@ class EngineLoop:
         self._record = record
         self._done: list[Message] = []
         self._payloads: dict[int, Payload] = {}
+        self._ends: dict[int, frozenset[int]] = {}
         self._handles: dict[str, KvHandle | None] = {}
         self._shell = TaskExecutor(setup.executor, setup.spec, setup.engine, setup.report_to, setup.report_period_ns)
 
@@ -65,16 +66,16 @@ class EngineLoop:
             shell.report(start)
             plan = shell.next_plan()
             record = None if plan is None else PlanRecord.of(plan)
-            tokens: list[tuple[int, int, int]] = []
+            out = wire.Output([], [], [])
             stopped: list[int] = []
             if plan is not None:
-                tokens, stopped, failed = self._run(plan)
+                out, stopped, failed = self._run(plan)
                 end = now()
                 for task_id, reason in failed.items():
                     shell.fail(task_id, reason, end)
                 shell.complete(plan, stopped, end)
             outbox = shell.outbox()
-            self._send(tokens, outbox)
+            self._send(out, outbox)
             if self._record is not None:
                 transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
                 turn = TurnRecord(start, end, messages, record, stopped, shell.core.preemptions, transfers)
@@ -106,6 +107,7 @@ class EngineLoop:
             if isinstance(message, Dispatch):
                 assert received.payload is not None
                 self._payloads[message.task.task_id] = received.payload
+                self._ends[message.task.task_id] = received.payload.ends(self._runner.eos)
             elif isinstance(message, KvOffered):
                 self._handles[message.source] = received.handle
             messages.append(message)
@@ -125,28 +127,37 @@ class EngineLoop:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def _run(self, plan: Plan) -> tuple[list[tuple[int, int, int]], list[int], dict[int, str]]:
-        """(task id, output index, token) of every sampling sequence, those that stop, and why others got no token."""
+    def _run(self, plan: Plan) -> tuple[wire.Output, list[int], dict[int, str]]:
+        """What the sampling sequences got, the tasks that stop with it, and why others got no token."""
         self._runner.launch(plan)
         output = self._runner.collect()
-        tokens, stopped = [], []
+        out, stopped = wire.Output([], [], []), []
         for sequence, sampled in zip(plan.sampling, output.tokens, strict=True):
-            answer = self._payloads[sequence.task_id].answer
+            task_id, payload = sequence.task_id, self._payloads[sequence.task_id]
+            ends, least = self._ends[task_id], payload.sampling.min_tokens
+            logprobs = output.logprobs and output.logprobs.get(task_id)
             for index, token in enumerate(sampled, sequence.generated):
-                tokens.append((sequence.task_id, index, token))
-                if answer is not None and index + 1 >= answer.output_tokens:
-                    stopped.append(sequence.task_id)
-                    break
-        return tokens, stopped, output.failed
+                out.tokens.append((task_id, index, token))
+                if logprobs:
+                    out.logprobs.append((task_id, index, logprobs[index - sequence.generated]))
+                if token in ends and index >= least:
+                    out.ended.append(task_id)
+                elif payload.answer is None or index + 1 < payload.answer.output_tokens:
+                    continue
+                stopped.append(task_id)
+                break
+        return out, stopped, output.failed
 
     # -- out ------------------------------------------------------------------------------------------------------
 
-    def _send(self, tokens: list[tuple[int, int, int]], outbox: Outbox) -> None:
+    def _send(self, out: wire.Output, outbox: Outbox) -> None:
         for task_id in outbox.forgotten:
             self._runner.remove(task_id)
             self._payloads.pop(task_id, None)
-        if tokens or outbox.events or outbox.peers:
-            self._socket.send(wire.encode(wire.Output(tokens, outbox.events, outbox.peers)))
+            self._ends.pop(task_id, None)
+        if out.tokens or outbox.events or outbox.peers:
+            out = msgspec.structs.replace(out, events=outbox.events, peers=outbox.peers)
+            self._socket.send(wire.encode(out))
         for event in outbox.events:
             log_event(self._log, event)
         for transfer in outbox.transfers:

@@ -49,6 +49,10 @@ class NullRunner:
         return xxhash.xxh3_64_intdigest(f"{prompt}:{index}".encode()) % self._device.vocab
 
     @property
+    def eos(self) -> tuple[int, ...]:
+        return ()
+
+    @property
     def kv_handle(self) -> KvHandle | None:
         return None
 

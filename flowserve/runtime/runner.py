@@ -1,35 +1,41 @@
 """What the engine loop needs of a device, and the data that reaches the sampler's side beside the control plane."""
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from cluster.request import Answer
 from flowserve.core.plan import Plan
-
-
-class Sampling(msgspec.Struct, frozen=True):
-    """How tokens are drawn: greedy at temperature 0, else by softmax(logits / temperature) with a seed per request."""
-
-    temperature: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature is {self.temperature}: allowed are 0 (greedy) to 100")
+from flowserve.runtime.sampling import Sampling
 
 
 class Payload(msgspec.Struct, frozen=True):
     """The tokens of a task and what its sampler must know.
 
-    `tokens`: prompt and the tokens generated before this task. `answer`: in a trace replay, where to stop (counted over
-    the whole request). `forced`: tokens the sampler must yield, by output index, where the trace fixes their content.
+    `tokens`: prompt and the `generated` tokens of output before this task. `answer`: in a trace replay, where to stop
+    (counted over the whole request). `forced`: tokens the sampler must yield, by output index, where the trace fixes
+    their content.
     """
 
     tokens: list[int]
     sampling: Sampling
     answer: Answer | None = None
     forced: list[int] | None = None
+    generated: int = 0
+
+    def ends(self, eos: Collection[int]) -> frozenset[int]:
+        """Tokens that end the output, in a model with these end-of-sequence tokens. In a trace replay none does."""
+        if self.answer is not None:
+            return frozenset()
+        return frozenset(self.sampling.stop_token_ids) | frozenset(() if self.sampling.ignore_eos else eos)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities by the model alone: of a sampled token, and of the most likely ones."""
+
+    chosen: float
+    top: list[tuple[int, float]]
 
 
 class KvHandle(msgspec.Struct, frozen=True):
@@ -48,10 +54,12 @@ class StepOutput(NamedTuple):
 
     `tokens`: for each sequence of `plan.sampling`, in that order, the tokens it got (none where it has failed).
     `failed`: task id → why it has no usable token; the step is done for the others.
+    `logprobs`: task id → one for each of its tokens, where they were asked for.
     """
 
     tokens: list[list[int]]
     failed: dict[int, str]
+    logprobs: dict[int, list[TokenLogprobs]] | None = None
 
 
 class Runner(Protocol):
@@ -78,6 +86,11 @@ class Runner(Protocol):
 
     def collect(self) -> StepOutput:
         """Wait for the oldest plan that was launched and not collected, and return what it gave."""
+        ...
+
+    @property
+    def eos(self) -> Collection[int]:
+        """The model's end-of-sequence tokens."""
         ...
 
     @property

@@ -1,12 +1,10 @@
 """Runs plans with a torch model: keeps the tokens, packs each step's inputs, samples."""
 
-import math
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cluster import identity
 from cluster.request import Request, Task
@@ -16,10 +14,11 @@ from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence
 from flowserve.models import load_model
-from flowserve.ops.noise import gumbel
 from flowserve.ops.step import Ints, StepContext
 from flowserve.runtime.kv_pool import KvPool
-from flowserve.runtime.runner import KvHandle, Payload, Sampling, StepOutput
+from flowserve.runtime.runner import KvHandle, Payload, StepOutput, TokenLogprobs
+from flowserve.runtime.sampler import Logprobs, Sampled, Sampler
+from flowserve.runtime.sampling import Sampling, eos_token_ids
 
 WARM_UP_TOKENS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,12 +31,10 @@ class _Task:
     was preempted and admitted again.
     """
 
-    __slots__ = ("blocks", "forced", "known", "row", "sampling", "tokens")
+    __slots__ = ("blocks", "known", "row", "tokens")
 
     def __init__(self, payload: Payload, row: int) -> None:
         self.tokens = list(payload.tokens)
-        self.sampling: Sampling = payload.sampling
-        self.forced = payload.forced or []
         self.row = row
         self.blocks: list[int] = []
         self.known = 0
@@ -112,6 +109,8 @@ class TorchRunner:
         self._caches = self._ops.layer_caches(self.pool.tensor)
         self._tasks: dict[int, _Task] = {}
         self._tables = _BlockTables()
+        self._sampler = Sampler(self.model.vocab_size, self._device, self._ops)
+        self.eos = eos_token_ids(Path(model_dir))
         self._unclean: set[int] = set()
         self._launched: deque[StepOutput] = deque()
 
@@ -123,12 +122,23 @@ class TorchRunner:
                 f"task {task_id} has tokens from {min(tokens)} to {max(tokens)}: "
                 f"the model's vocabulary is 0 to {self.model.vocab_size - 1}"
             )
-        self._tasks[task_id] = _Task(payload, self._tables.take_row())
+        payload.sampling.check(self.model.vocab_size)
+        task = self._tasks[task_id] = _Task(payload, self._tables.take_row())
+        prompt, ends = len(payload.tokens) - payload.generated, payload.ends(self.eos)
+        self._sampler.add(
+            task.row,
+            payload.sampling,
+            payload.tokens[:prompt],
+            payload.tokens[prompt:],
+            payload.forced or (),
+            [token for token in ends if token < self.model.vocab_size],
+        )
 
     def remove(self, task_id: int) -> None:
         task = self._tasks.pop(task_id, None)
         if task is not None:
             self._tables.release_row(task.row)
+            self._sampler.remove(task.row)
 
     def warm_up(self) -> None:
         """A prompt and a few tokens through an engine core of their own; their blocks are overwritten before use."""
@@ -153,7 +163,8 @@ class TorchRunner:
             sequences = plan.sampling
             tasks = [self._tasks[sequence.task_id] for sequence in sequences]
             indices = [len(t.tokens) - s.task.request.prompt_tokens for t, s in zip(tasks, sequences, strict=True)]
-            self._launched.append(self._take(sequences, tasks, *self._sample(tasks, indices, logits)))
+            sampled = self._sampler.sample(logits, [task.row for task in tasks], indices)
+            self._launched.append(self._take(sequences, tasks, sampled))
 
     def collect(self) -> StepOutput:
         """Tasks whose logits are not finite or whose positions ran out have failed."""
@@ -229,32 +240,29 @@ class TorchRunner:
 
     # -- outputs --------------------------------------------------------------------------------------------------
 
-    def _sample(self, tasks: list[_Task], indices: list[int], logits: torch.Tensor) -> tuple[Tensor, Tensor]:
-        """For logits [S, V] of these tasks' output tokens `indices`: the tokens [S] int64, and the highest logits [S],
-        which tell whether the token is usable.
-        """
-        highest, tokens = self._ops.best(logits)
-        drawn = [row for row, task in enumerate(tasks) if task.sampling.temperature > 0]
-        if drawn:
-            seeds = [tasks[row].sampling.seed for row in drawn]
-            noise = gumbel(seeds, [indices[row] for row in drawn], logits.shape[1])
-            temperatures = np.array([tasks[row].sampling.temperature for row in drawn], dtype=np.float32)
-            tokens[drawn] = self._ops.draw(logits[drawn], temperatures, noise)
-        forced = [row for row, task in enumerate(tasks) if indices[row] < len(task.forced)]
-        if forced:
-            tokens[forced] = torch.tensor([tasks[row].forced[indices[row]] for row in forced], device=tokens.device)
-        return tokens, highest
-
-    def _take(self, sequences: list[Sequence], tasks: list[_Task], tokens: Tensor, highest: Tensor) -> StepOutput:
+    def _take(self, sequences: list[Sequence], tasks: list[_Task], sampled: Sampled) -> StepOutput:
         """Sampled tokens reach the host."""
         failed: dict[int, str] = {}
         taken: list[list[int]] = []
-        for sequence, task, token, value in zip(sequences, tasks, tokens.tolist(), highest.tolist(), strict=True):
-            if not math.isfinite(value):
+        for sequence, task, token, finite in zip(
+            sequences, tasks, sampled.tokens.tolist(), sampled.finite.tolist(), strict=True
+        ):
+            if not finite:
                 failed[sequence.task_id] = "its logits are not finite numbers"
                 self._unclean.update(sequence.blocks)
             elif len(task.tokens) > self._positions:
                 failed[sequence.task_id] = f"the model has only {self.model.max_position} positions"
             taken.append([] if sequence.task_id in failed else [token])
             task.tokens.append(token)
-        return StepOutput(taken, failed)
+        return StepOutput(taken, failed, _logprobs_of(sequences, sampled.logprobs))
+
+
+def _logprobs_of(sequences: list[Sequence], logprobs: Logprobs | None) -> dict[int, list[TokenLogprobs]] | None:
+    """On the host, by task id."""
+    if logprobs is None:
+        return None
+    chosen, tokens, values = logprobs.chosen.tolist(), logprobs.tokens.tolist(), logprobs.values.tolist()
+    return {
+        sequences[place].task_id: [TokenLogprobs(chosen[n], list(zip(tokens[n][:top], values[n][:top], strict=True)))]
+        for n, (place, top) in enumerate(zip(logprobs.places, logprobs.tops, strict=True))
+    }

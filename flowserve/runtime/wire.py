@@ -6,7 +6,7 @@ from cluster.events import Event
 from cluster.vocabulary import ExecutorSpec, Stage
 from flowserve.core.messages import Message
 from flowserve.core.scheduler import EngineConfig
-from flowserve.runtime.runner import KvHandle, Payload
+from flowserve.runtime.runner import KvHandle, Payload, TokenLogprobs
 
 
 class NullDevice(msgspec.Struct, frozen=True, tag=True):
@@ -74,11 +74,17 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Output(msgspec.Struct, frozen=True, tag=True):
-    """What one turn of the engine loop yields: tokens as (task id, output index, token), events, messages to peers."""
+    """What one turn of the engine loop yields: tokens as (task id, output index, token), events, messages to peers.
+
+    `logprobs`: (task id, output index, probabilities) of tokens whose request asked for them. `ended`: tasks whose last
+    token ends the output, by the model or by the request's stop tokens.
+    """
 
     tokens: list[tuple[int, int, int]]
     events: list[Event]
     peers: list[tuple[str, Message]]
+    logprobs: list[tuple[int, int, TokenLogprobs]] = []
+    ended: list[int] = []
 
 
 class Crashed(msgspec.Struct, frozen=True, tag=True):

@@ -17,7 +17,8 @@ from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.models import Model
 from flowserve.ops.step import StepContext
 from flowserve.runtime.checkpoint import CheckpointShape
-from flowserve.runtime.runner import Payload, Sampling
+from flowserve.runtime.runner import Payload
+from flowserve.runtime.sampling import Sampling
 from flowserve.runtime.torch_runner import TorchRunner
 
 TINY = CheckpointShape(
@@ -57,7 +58,7 @@ class Engine:
         tokens = [*prompt, *generated]
         request = Request(self._tasks, len(prompt), limit, "m", identity.from_tokens(tokens, 0))
         task = Task(self._tasks, request, kind, len(generated), kv)
-        self.runner.add(task.task_id, Payload(tokens, sampling, forced=forced))
+        self.runner.add(task.task_id, Payload(tokens, sampling, forced=forced, generated=len(generated)))
         assert self.core.add(task, identity.from_tokens(tokens, 0)) is None
         self.output[task.task_id] = []
         return task.task_id

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from flowserve.models import Model, load_model
 from flowserve.ops import Ops, cpu, load
-from flowserve.ops.noise import gumbel
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from tests.flowserve.driver import TINY, Reference, make_prompt, packed_logits
 
@@ -154,28 +153,6 @@ def test_groups_of_decodes_cover_all_and_pad_little(widths: list[int]) -> None:
         assert width == max(widths[start:end])
         assert end - start == 1 or (end - start) * width <= cpu.MAX_GROUP_BLOCKS
         assert sum(width - w for w in widths[start:end]) <= cpu.MAX_GROUP_PADDING
-
-
-def test_noise_is_gumbel_and_depends_on_seed_and_index_alone() -> None:
-    """Rows are the same in any batch, all different, and have the mean, variance and maximum draws of the law."""
-    noise = gumbel([1, 2, 2], [5, 5, 6], 200_000)
-    assert noise.dtype == np.float32
-    assert np.array_equal(gumbel([2], [6], 200_000)[0], noise[2])
-    assert np.array_equal(gumbel([2], [6], 100)[0], noise[2, :100])
-    assert np.isfinite(noise).all()
-    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 0.01
-    assert abs(noise.mean() - np.euler_gamma) < 0.01
-    assert abs(noise.var() - np.pi**2 / 6) < 0.02
-    gumbel([-1, 2**70], [0, 1], 3)  # any integer is a seed
-
-
-def test_draws_follow_the_softmax() -> None:
-    """Over many seeds, tokens come as often as softmax(logits / temperature) says."""
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4)
-    temperatures = np.full(20_000, 0.7, dtype=np.float32)
-    drawn = cpu.draw(logits, temperatures, gumbel(list(range(20_000)), [3] * 20_000, 4))
-    share = torch.bincount(drawn, minlength=4) / 20_000
-    torch.testing.assert_close(share, torch.softmax(logits[0] / 0.7, -1), atol=0.01, rtol=0)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

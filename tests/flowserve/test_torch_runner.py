@@ -14,7 +14,8 @@ from cluster.vocabulary import TaskKind
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.checkpoint import make_checkpoint
-from flowserve.runtime.runner import Payload, Runner, Sampling
+from flowserve.runtime.runner import Payload, Runner
+from flowserve.runtime.sampling import Sampling
 from flowserve.runtime.torch_runner import TorchRunner
 from tests.flowserve.driver import TINY, Engine, Reference, make_prompt, serve
 
@@ -203,7 +204,7 @@ def test_a_peer_that_is_gone_is_an_os_error(folder: Path) -> None:
 
 def test_temperature_sampling_depends_on_the_seed_alone(folder: Path, alone: list[list[int]]) -> None:
     """Drawn tokens are the same alone, in a mixed batch, under preemption and after a retry; other seeds differ."""
-    sampling = Sampling(0.8, 7)
+    sampling = Sampling(temperature=0.8, seed=7)
     single = Engine(folder)
     task = single.add(PROMPTS[6], LIMIT, sampling)
     expected = single.run()[task]
@@ -212,7 +213,7 @@ def test_temperature_sampling_depends_on_the_seed_alone(folder: Path, alone: lis
     crowd = Engine(folder, kv_blocks=26, watermark=0.0)
     others = [crowd.add(prompt, LIMIT) for prompt in PROMPTS[:6]]
     same = crowd.add(PROMPTS[6], LIMIT, sampling)
-    other = crowd.add(PROMPTS[6], LIMIT, Sampling(0.8, 8))
+    other = crowd.add(PROMPTS[6], LIMIT, Sampling(temperature=0.8, seed=8))
     retry = crowd.add(PROMPTS[6], LIMIT, sampling, generated=expected[:5])
     output = crowd.run()
     assert crowd.core.preemptions
@@ -332,4 +333,42 @@ def test_short_floats_serve(folder: Path, dtype: str) -> None:
     handle = engine.runner.kv_handle
     assert handle is not None
     assert handle.dtype == dtype
+    engine.close()
+
+
+def test_settings_reach_the_sampler(folder: Path, alone: list[list[int]]) -> None:
+    """Penalties, stop tokens and probabilities of a request work in an engine, also preempted and retried."""
+    sampling = Sampling(repetition_penalty=5.0, logprobs=3)
+    single = Engine(folder)
+    task = single.add(PROMPTS[6], LIMIT, sampling)
+    expected = single.run()[task]
+    single.close()
+    assert len(set(expected)) == LIMIT, "a penalty so strong lets no token come twice"
+    assert len(set(alone[6])) < LIMIT
+
+    crowd = Engine(folder, kv_blocks=24, watermark=0.0)
+    others = [crowd.add(prompt, LIMIT) for prompt in PROMPTS[:6]]
+    same = crowd.add(PROMPTS[6], LIMIT, sampling)
+    retry = crowd.add(PROMPTS[6], LIMIT, sampling, generated=expected[:5])
+    output = crowd.run()
+    assert crowd.core.preemptions
+    assert output[same] == expected
+    assert output[retry] == expected[5:]
+    assert [output[task] for task in others] == alone[:6]
+    crowd.close()
+
+    engine = Engine(folder)
+    task = engine.add(PROMPTS[6], 1, sampling)
+    plan = engine.core.schedule()
+    assert plan is not None
+    engine.runner.launch(plan)
+    found = engine.runner.collect()
+    assert found.logprobs is not None
+    (logprobs,) = found.logprobs[task]
+    best = [token for token, _ in logprobs.top]
+    assert found.tokens == [[expected[0]]]
+    assert len(best) == 3
+    assert best[0] == alone[6][0]
+    with pytest.raises(ValueError, match="stop_token_ids has token 256: the model's vocabulary is 0 to 255"):
+        engine.runner.add(9, Payload([1], Sampling(stop_token_ids=(256,))))
     engine.close()
