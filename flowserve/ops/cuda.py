@@ -55,7 +55,7 @@ def layer_caches(kv: Tensor) -> list[LayerCache]:
         raise ValueError(f"dtype is {str(kv.dtype).removeprefix('torch.')}: attention on cuda takes {allowed}")
     if block_tokens % BLOCK_MULTIPLE:
         raise ValueError(
-            f"block_tokens is {block_tokens}: attention on cuda takes multiples of {BLOCK_MULTIPLE} (engine=cuda has it)"
+            f"block_tokens is {block_tokens}: attention on cuda takes multiples of {BLOCK_MULTIPLE}, as in engine=cuda"
         )
     if size > MAX_HEAD_SIZE or size % 8:
         raise ValueError(f"head size is {size}: attention on cuda takes multiples of 8 up to {MAX_HEAD_SIZE}")
@@ -138,8 +138,8 @@ def varlen_attention(*arguments: Any, **options: Any) -> Tensor:
     """torch's own, imported where it is used: releases before it came are served by the other devices' operators."""
     from torch.nn.attention.varlen import varlen_attn
 
-    with torch.no_grad():
-        out: Tensor = varlen_attn(*arguments, **options)
+    out = varlen_attn(*arguments, **options)
+    assert isinstance(out, Tensor)  # nothing else was asked for
     return out
 
 

@@ -1,4 +1,4 @@
-"""The CUDA operators on host memory: a stand-in for the attention kernel asserts its contract and computes the reference.
+"""The CUDA operators on host memory: a stand-in for the attention kernel asserts its contract and computes its result.
 
 It shows that shapes, tables, lengths and layouts are right, and nothing about a GPU; `deepflow doctor` does that there.
 """
@@ -147,18 +147,8 @@ def rotation() -> tuple[Tensor, Tensor]:
 def test_the_kernel_exists_with_these_arguments() -> None:
     """The installed torch has the function, and takes what we pass (a call on the cpu gets as far as its kernel)."""
     pytest.importorskip("torch.nn.attention.varlen")
+    one, zeros = torch.ones(1, dtype=torch.int32), torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16)
+    ends = torch.tensor([0, 1], dtype=torch.int32)
+    options = {"window_size": (-1, 0), "enable_gqa": True, "seqused_k": one, "block_table": one[None] - 1}
     with pytest.raises((NotImplementedError, RuntimeError), match="CPU"):
-        one = torch.zeros(1, dtype=torch.int32)
-        cuda.varlen_attention(
-            torch.zeros(1, 2, 64, dtype=torch.bfloat16),
-            torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16),
-            torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16),
-            torch.tensor([0, 1], dtype=torch.int32),
-            None,
-            1,
-            1,
-            window_size=(-1, 0),
-            enable_gqa=True,
-            seqused_k=one + 1,
-            block_table=one[None],
-        )
+        cuda.varlen_attention(zeros[0, :1], zeros, zeros, ends, None, 1, 1, **options)
