@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowserve.ops.step import StepContext
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu",)
 
 
 class Ops(Protocol):
