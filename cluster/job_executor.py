@@ -145,7 +145,7 @@ class JobExecutor:
         if event.stopped:
             return self._end(job, Outcome.FINISHED)
         assert source is None
-        held = KvSource(event.executor, event.task_id)
+        held = KvSource(event.executor, event.task_id, event.kv_runs)
         if job.cancelled:
             return [AbortTask(held.executor, held.task_id), *self._end(job, Outcome.CANCELLED)]
         job.held, job.kind = held, TaskKind.DECODE

@@ -66,10 +66,15 @@ class Arrival(msgspec.Struct, frozen=True):
 
 
 class KvSource(msgspec.Struct, frozen=True):
-    """Where the prefilled KV cache of a request lies: held for that task until it is fetched or released."""
+    """Where the prefilled KV cache of a request lies: held for that task until it is fetched or released.
+
+    `runs`: lengths in blocks of its contiguous pieces, in order; whoever fetches it takes matching ones. Empty where
+    the executor does not say.
+    """
 
     executor: str
     task_id: int
+    runs: tuple[int, ...] = ()
 
 
 class Task(msgspec.Struct, frozen=True):

@@ -1,10 +1,48 @@
-"""Blocks of the KV cache that nobody uses."""
+"""Blocks of the KV cache that nobody uses, and which of them to hand out so that transfers need few copies."""
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+AllocatorKind = Literal["segment", "stack"]
 
 
-class BlockAllocator:
-    """A stack of free block numbers `0 … total-1`; taking n blocks costs one slice and prefers ascending runs."""
+class BlockAllocator(ABC):
+    """Free block numbers of `0 … total-1`. Callers never take more than is `free`, nor return what they do not hold."""
+
+    total: int
+
+    @property
+    @abstractmethod
+    def free(self) -> int:
+        """How many blocks are free."""
+
+    @abstractmethod
+    def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
+        """Exactly `count` blocks, which must be free.
+
+        `after`: the block that they continue, so that the best first block is `after + 1`. `runs`: lengths of the
+        contiguous runs of the blocks that will be copied into these, in order; where the result must be cut into pieces
+        too, cuts at the same places cost no further copy.
+        """
+
+    @abstractmethod
+    def give_back(self, blocks: list[int]) -> None:
+        """Return blocks, in any order."""
+
+    @abstractmethod
+    def free_blocks(self) -> Iterable[int]:
+        """The free block numbers, for integrity checks."""
+
+
+def make_allocator(kind: AllocatorKind, total: int) -> BlockAllocator:
+    """The allocator of that name, with all blocks free."""
+    return SegmentAllocator(total) if kind == "segment" else StackAllocator(total)
+
+
+class StackAllocator(BlockAllocator):
+    """A stack of free block numbers: n blocks cost one slice; what was returned last is handed out first."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -14,8 +52,8 @@ class BlockAllocator:
     def free(self) -> int:
         return len(self._free)
 
-    def take(self, count: int) -> list[int]:
-        """Exactly `count` blocks, which must be free."""
+    def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
+        """Without regard to `after` and `runs`."""
         assert 0 <= count <= len(self._free), f"taking {count} of {len(self._free)} free blocks"
         if count == 1:
             return [self._free.pop()]
@@ -26,9 +64,105 @@ class BlockAllocator:
         return taken
 
     def give_back(self, blocks: list[int]) -> None:
-        """Return blocks; the next `take` of as many hands them out in the same order."""
+        """The next `take` of as many hands them out in the same order."""
         self._free.extend(reversed(blocks))
 
     def free_blocks(self) -> Iterable[int]:
-        """The free block numbers, for integrity checks."""
         return iter(self._free)
+
+
+class SegmentAllocator(BlockAllocator):
+    """Free blocks as maximal segments of consecutive numbers, found by size (FlowKV, arXiv 2504.03775, section 3).
+
+    A request gets the fewest runs that the free segments allow: the rest of the segment that it continues, else the
+    smallest segment that holds it all, else the largest ones. What is returned merges with its neighbours.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = total
+        # The maximal free segments [start, end), three times: by start, by end, and in order of (length, start).
+        self._ends = {0: total}
+        self._starts = {total: 0}
+        self._by_length = [total * total]  # length * total + start
+
+    @property
+    def free(self) -> int:
+        return self._free
+
+    def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
+        assert 0 <= count <= self._free, f"taking {count} of {self._free} free blocks"
+        if count == 1:
+            start = None if after is None else after + 1
+            return self._cut(start if start in self._ends else self._by_length[0] % self.total, 1)
+        blocks: list[int] = []
+        if after is not None and (end := self._ends.get(after + 1)) is not None:
+            room = end - after - 1
+            if room >= count or count * self.total > self._by_length[-1]:
+                blocks = self._cut(after + 1, min(room, count))
+        while (left := count - len(blocks)) > 0:
+            longest = self._by_length[-1] // self.total
+            piece = left if longest >= left else _aligned(longest, runs, len(blocks))
+            best = bisect_left(self._by_length, piece * self.total)
+            blocks += self._cut(self._by_length[best] % self.total, piece)
+        return blocks
+
+    def give_back(self, blocks: list[int]) -> None:
+        if not blocks:
+            return
+        self._free += len(blocks)
+        start, end = blocks[0], blocks[0] + len(blocks)
+        if blocks[-1] == end - 1 and blocks == list(range(start, end)):
+            self._merge(start, end)
+            return
+        end = start = -1
+        for block in sorted(blocks):
+            if block != end:
+                if end > start:
+                    self._merge(start, end)
+                start = block
+            end = block + 1
+        self._merge(start, end)
+
+    def free_blocks(self) -> Iterable[int]:
+        return (block for start, end in self._ends.items() for block in range(start, end))
+
+    def _cut(self, start: int, count: int) -> list[int]:
+        """Take the first `count` blocks of the free segment at `start`."""
+        end, rest = self._ends.pop(start), start + count
+        by_length, total = self._by_length, self.total
+        del by_length[bisect_left(by_length, (end - start) * total + start)]
+        if rest < end:
+            self._ends[rest] = end
+            self._starts[end] = rest
+            insort(by_length, (end - rest) * total + rest)
+        else:
+            del self._starts[end]
+        self._free -= count
+        return list(range(start, rest))
+
+    def _merge(self, start: int, end: int) -> None:
+        """Make [start, end) free, as one segment with what is free on both sides of it."""
+        by_length, total = self._by_length, self.total
+        before = self._starts.pop(start, None)
+        if before is not None:
+            del by_length[bisect_left(by_length, (start - before) * total + before)]
+            start = before
+        behind = self._ends.pop(end, None)
+        if behind is not None:
+            del by_length[bisect_left(by_length, (behind - end) * total + end)]
+            end = behind
+        self._ends[start] = end
+        self._starts[end] = start
+        insort(by_length, (end - start) * total + start)
+
+
+def _aligned(room: int, runs: Sequence[int], at: int) -> int:
+    """The longest piece of at most `room` blocks from place `at` on that ends where a run does; `room` without one."""
+    piece = end = 0
+    for run in runs:
+        end += run
+        if end - at > room:
+            break
+        piece = max(piece, end - at)
+    return piece or room

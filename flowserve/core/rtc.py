@@ -18,6 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from cluster.identity import BlockIds
+from flowserve.core.allocator import AllocatorKind
 from flowserve.core.tiers import Move, Pool, State, Tier, Transit
 
 HBM = Tier.HBM
@@ -136,16 +137,22 @@ class Rtc:
 
     `changes` moves whenever a prompt that did not fit before might fit now. `moves`: copies to be started, for whoever
     drives the data plane to take. `eviction_key`: of leaves that may go, the one with the lowest key goes first; it may
-    depend on what changes when a node is unlocked (`last_use`, `hits`).
+    depend on what changes when a node is unlocked (`last_use`, `hits`). `evict_at_least`: blocks evicted at a time;
+    more than are short leave the allocator a choice of which ones to hand out.
     """
 
     def __init__(
-        self, total_blocks: int, tiers: TierConfig | None = None, eviction_key: EvictionKey = least_recently_used
+        self,
+        total_blocks: int,
+        tiers: TierConfig | None = None,
+        eviction_key: EvictionKey = least_recently_used,
+        allocator: AllocatorKind = "segment",
+        evict_at_least: int = 1,
     ) -> None:
         tiers = tiers or TierConfig()
         sizes = (total_blocks, tiers.dram_blocks, tiers.ssd_blocks)
         self.pools = {
-            tier: Pool(tier, size, int(tiers.swap_low * size), int(tiers.swap_high * size))
+            tier: Pool(tier, size, int(tiers.swap_low * size), int(tiers.swap_high * size), allocator)
             for tier, size in zip(Tier, sizes, strict=True)
             if size or tier is HBM
         }
@@ -160,6 +167,7 @@ class Rtc:
         self._hbm = self.pools[HBM]
         self._below = {upper.tier: lower for upper, lower in pairwise(self.pools.values())}
         self._swapped = [self.pools[tier] for tier in self._below]
+        self._evict_at_least = evict_at_least
         self._step_blocks = tiers.swap_step_blocks
         self._key = eviction_key
         self._contexts: dict[str, _Context] = {}
@@ -260,22 +268,25 @@ class Rtc:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    def alloc_blocks(self, count: int) -> list[int] | None:
-        """`count` private blocks, evicting cached ones if needed; None, and nothing evicted, where too few are left."""
+    def alloc_blocks(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int] | None:
+        """`count` private blocks, evicting cached ones if needed; None, and nothing evicted, where too few are left.
+
+        `after`, `runs`: which blocks are best, see `BlockAllocator.take`.
+        """
         short = count - self.allocator.free
         if short > 0:
             if short > self.evictable_blocks:
                 return None
-            self._evict(short)
-        return self.allocator.take(count)
+            self._evict(min(max(short, self._evict_at_least), self.evictable_blocks))
+        return self.allocator.take(count, after, runs)
 
     def append_block(self, blocks: list[int]) -> bool:
         """One more private block at the end of `blocks`; False where there is none."""
         if not self.allocator.free:
             if not self.evictable_blocks:
                 return False
-            self._evict(1)
-        blocks += self.allocator.take(1)
+            self._evict(min(max(1, self._evict_at_least), self.evictable_blocks))
+        blocks += self.allocator.take(1, blocks[-1] if blocks else None)
         return True
 
     def free(self, blocks: list[int]) -> None:

@@ -15,9 +15,11 @@ from cluster.identity import BlockIds
 from cluster.latency import StepShape
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason
+from flowserve.core.allocator import AllocatorKind
 from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult
 from flowserve.core.rtc import Rtc
 from flowserve.core.sequence import DecodeClock, Sequence, Status
+from flowserve.core.transfer import runs_from
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -25,7 +27,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     `token_budget`: tokens per step, decode and prefill together; at least `max_sequences`, so that every decoding
     sequence is in every step. `watermark`: share of blocks kept free when another sequence is admitted beside running
-    ones. `max_in_flight`: plans issued ahead of the oldest incomplete one, it included (1: synchronous).
+    ones. `max_in_flight`: plans issued ahead of the oldest incomplete one, it included (1: synchronous). `allocator`:
+    which free blocks a sequence gets, see `flowserve.core.allocator`. `evict_share`: share of blocks evicted from the
+    prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
     """
 
     kv_blocks: int
@@ -35,6 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_in_flight: int = 1
     watermark: float = 0.01
     prefix_cache: bool = True
+    allocator: AllocatorKind = "segment"
+    evict_share: float = 0.03
 
     def __post_init__(self) -> None:
         if self.kv_blocks < 1:
@@ -50,6 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
             raise ValueError(f"max_in_flight is {self.max_in_flight}: allowed are 1 (synchronous) and more")
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark is {self.watermark}: allowed is a share from 0 up to 1")
+        if not 0 <= self.evict_share < 1:
+            raise ValueError(f"evict_share is {self.evict_share}: allowed is a share from 0 up to 1")
 
 
 class EngineCore:
@@ -57,7 +65,11 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.rtc = Rtc(config.kv_blocks)
+        self.rtc = Rtc(
+            config.kv_blocks,
+            allocator=config.allocator,
+            evict_at_least=int(config.evict_share * config.kv_blocks),
+        )
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
@@ -309,7 +321,10 @@ class EngineCore:
         node, cached, _ = self.rtc.match_by_prefix_token(ids, min(limit, len(ids)) if self.config.prefix_cache else 0)
         need = self._blocks_for(target) - len(cached)
         reserve = 0 if alone else self._watermark
-        blocks = self.rtc.alloc_blocks(need) if need + reserve <= self.rtc.available else None
+        blocks = None
+        if need + reserve <= self.rtc.available:
+            runs = runs_from(sequence.task.kv.runs, len(cached)) if fetching and sequence.task.kv else ()
+            blocks = self.rtc.alloc_blocks(need, cached[-1] if cached else None, runs)
         if blocks is None:
             self.rtc.unlock(node)
             self._blocked = (sequence.task_id, self.rtc.changes, alone)

@@ -36,6 +36,7 @@ from flowserve.core.messages import (
 from flowserve.core.plan import Fetch, Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence
+from flowserve.core.transfer import run_lengths
 
 
 class Transfer(NamedTuple):
@@ -310,6 +311,7 @@ class TaskExecutor:
                 token_gaps_ns=tuple([later - earlier for earlier, later in pairwise(times)]),
                 cached_tokens=sequence.cached_tokens,
                 preemptions=sequence.preemptions,
+                kv_runs=tuple(run_lengths(sequence.blocks)) if held else (),
             )
         )
 

@@ -3,7 +3,7 @@
 from enum import Enum, IntEnum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
-from flowserve.core.allocator import BlockAllocator
+from flowserve.core.allocator import AllocatorKind, make_allocator
 
 if TYPE_CHECKING:
     from flowserve.core.rtc import Node
@@ -64,9 +64,9 @@ class Pool:
 
     __slots__ = ("allocator", "cached", "high", "leaves", "leaving", "low", "pinned", "tier")
 
-    def __init__(self, tier: Tier, total: int, low: int, high: int) -> None:
+    def __init__(self, tier: Tier, total: int, low: int, high: int, allocator: AllocatorKind) -> None:
         self.tier = tier
-        self.allocator = BlockAllocator(total)
+        self.allocator = make_allocator(allocator, total)
         self.low = low
         self.high = high
         self.cached = 0

@@ -1,6 +1,22 @@
 """How KV cache blocks are grouped into few large copies when they move between engines."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+
+def run_lengths(blocks: Sequence[int]) -> list[int]:
+    """Lengths of the maximal runs of consecutive ascending numbers, in order."""
+    starts = [place for place, (before, block) in enumerate(pairwise(blocks), 1) if block != before + 1]
+    return [end - start for start, end in pairwise([0, *starts, len(blocks)])] if blocks else []
+
+
+def runs_from(lengths: Sequence[int], skip: int) -> Sequence[int]:
+    """The lengths of what is left of the runs without the first `skip` blocks."""
+    for number, length in enumerate(lengths):
+        if skip < length:
+            return [length - skip, *lengths[number + 1 :]] if skip else lengths[number:]
+        skip -= length
+    return ()
 
 
 def contiguous_runs(source_blocks: Sequence[int], blocks: Sequence[int]) -> list[tuple[int, int, int]]:

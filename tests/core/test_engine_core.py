@@ -354,6 +354,7 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
         ({"kv_blocks": 1, "token_budget": 8, "max_sequences": 9}, "raise token_budget or lower max_sequences"),
         ({"kv_blocks": 1, "max_in_flight": 0}, "max_in_flight is 0"),
         ({"kv_blocks": 1, "watermark": 1.0}, "watermark is 1.0"),
+        ({"kv_blocks": 1, "evict_share": 1.0}, "evict_share is 1.0"),
     ],
 )
 def test_bad_limits_are_named(arguments: dict[str, float], named: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from cluster import events as ev
 from cluster.request import Arrival
 from cluster.vocabulary import Outcome, to_ns
+from flowserve.core.allocator import AllocatorKind
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.transfer import contiguous_runs
 from sim.cluster import Delays
@@ -17,6 +18,7 @@ from tests.builders import Run, disaggregated, make_arrival, run_sim
 STEP_S = 0.01
 BYTES_PER_TOKEN = 1000
 LONG = 2
+KINDS: tuple[AllocatorKind, ...] = ("segment", "stack")
 
 
 class Watched(Link):
@@ -38,12 +40,14 @@ def prefill_and_decode(
     segments: int = 1,
     peer_s: float = 0.0,
     prefix_cache: bool = False,
+    allocator: AllocatorKind = "stack",
+    kv_blocks: int = 100,
 ) -> tuple[Run, list[tuple[int, int, int, int]]]:
     log: list[tuple[int, int, int, int]] = []
     run = run_sim(
         workload,
         groups=disaggregated(),
-        engine=EngineConfig(100, 16, 512, 8, prefix_cache=prefix_cache),
+        engine=EngineConfig(kv_blocks, 16, 512, 8, prefix_cache=prefix_cache, allocator=allocator),
         latency=lambda: Constant(STEP_S),
         link=lambda: Watched(log, *link),
         kv_bytes_per_token=BYTES_PER_TOKEN,
@@ -65,7 +69,7 @@ def alone() -> list[Arrival]:
 
 
 def fragmented() -> list[Arrival]:
-    """Two short requests come first and leave their blocks in an order that cuts the blocks of the long one in two."""
+    """Two short requests come first and leave their blocks in an order in which a stack cuts the long one in two."""
     return [make_arrival(number, prompt=32, output=2) for number in range(2)] + [
         make_arrival(LONG, at_s=1.0, prompt=64, output=5)
     ]
@@ -96,6 +100,22 @@ def test_fragments_cost_a_call_each() -> None:
     one, _ = prefill_and_decode(alone(), (1e6, 0.002, 0.0))
     two, _ = prefill_and_decode(fragmented(), (1e6, 0.002, 0.0))
     assert handover(two, LONG) == handover(one, LONG)
+
+
+@pytest.mark.parametrize(("prefix_cache", "kv_blocks", "times"), [(False, 120, 5), (True, 600, 2)])
+def test_segments_take_fewer_calls_than_a_stack(prefix_cache: bool, kv_blocks: int, times: int) -> None:
+    """In engines that serve on and on, a request moves in a fraction of the calls, and waits less for its KV cache.
+
+    With a prefix cache too, where the free blocks are those just evicted.
+    """
+    workload = [make_arrival(n, at_s=0.06 * n, prompt=33 + n * 37 % 200, output=3 + n * 11 % 60) for n in range(200)]
+    calls, waits = {}, {}
+    for allocator in KINDS:
+        run, log = prefill_and_decode(workload, (1e8, 0.0, 0.001), 1, 0.0, prefix_cache, allocator, kv_blocks)
+        calls[allocator] = sum(segments for _, _, segments, _ in log[100:]) / len(log[100:])
+        waits[allocator] = sum(handover(run, n) for n in range(100, 200)) / 100
+    assert calls["stack"] > times * calls["segment"]
+    assert waits["stack"] - waits["segment"] > to_ns(0.001)
 
 
 def test_layers_multiply_the_calls() -> None:
@@ -148,7 +168,7 @@ def test_the_simulated_runs_are_those_of_the_block_tables(workload: Callable[[],
     run_sim(
         workload(),
         groups=disaggregated(),
-        engine=EngineConfig(100, 16, 512, 8, prefix_cache=False),
+        engine=EngineConfig(100, 16, 512, 8, prefix_cache=False, allocator="stack"),
         link=lambda: Watched(log, 1e6, 0.0, 0.0),
         report_period_s=0.001,
         watch=watch,
