@@ -135,8 +135,41 @@ class Workload(NamedTuple):
     stand_in: bool
 
 
+def model_shape(cfg: DictConfig) -> ModelShape:
+    """The model's sizes: from config.json where a folder is named, else as configured.
+
+    A real engine keeps weights and KV cache in its own dtype, a simulated one in that of the files.
+    """
+    if cfg.model.folder is None:
+        return typed(cfg.model.shape, ModelShape, "model.shape")
+    folder = Path(cfg.model.folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.folder is {folder}: there is no config.json of a Hugging Face model")
+    from flowserve.models import read_config
+
+    config = read_config(folder)
+    dtype = cfg.backend.get("dtype", config.dtype)
+    return ModelShape(
+        name=folder.resolve().name,
+        family=config.model_type,
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        bytes_per_value=4 if dtype == "float32" else 2,
+        tied_embeddings=config.tied,
+        sparse_layers=sum(config.is_sparse(layer) for layer in range(config.num_layers)),
+        experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        expert_intermediate=config.moe_intermediate_size,
+    )
+
+
 def model_name(cfg: DictConfig) -> str:
-    return str(cfg.model.shape.name)
+    return model_shape(cfg).name
 
 
 def workload(cfg: DictConfig) -> Workload:
@@ -232,7 +265,7 @@ def engine_config(cfg: DictConfig, npus: int) -> EngineConfig:
 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
-        hardware, shape = typed(cfg.hardware, Hardware, "hardware"), typed(cfg.model.shape, ModelShape, "model.shape")
+        hardware, shape = typed(cfg.hardware, Hardware, "hardware"), model_shape(cfg)
         values["kv_blocks"] = kv_blocks(hardware, shape, npus, values["block_tokens"])
     return typed(values, EngineConfig, "engine")
 
@@ -252,7 +285,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     from sim.link import Link
 
     hardware = typed(cfg.hardware, Hardware, "hardware")
-    shape = typed(cfg.model.shape, ModelShape, "model.shape")
+    shape = model_shape(cfg)
     stages = typed(cfg.coldstart, ColdStart, "coldstart").stages(shape.weight_bytes)
     nodes: dict[ExecutorSpec, Node] = {}
 
@@ -296,10 +329,10 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
     from real.cluster import Engine, RealCluster
     from real.metrics import ServingMetrics
 
-    backend = cfg.backend
+    backend, vocab = cfg.backend, model_shape(cfg).vocab
     device: NullDevice | TorchDevice
     if device_name(cfg) == "null":
-        device = NullDevice(backend.step_s, backend.prefill_token_s, cfg.model.shape.vocab)
+        device = NullDevice(backend.step_s, backend.prefill_token_s, vocab)
     else:
         device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads)
     engines = {group.spec: Engine(engine_config(cfg, group.spec.npus), device) for group in groups(cfg)}
@@ -310,7 +343,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Clu
     return RealCluster(
         actors,
         engines.__getitem__,
-        lambda _: int(cfg.model.shape.vocab),
+        lambda _: vocab,
         sampling(cfg),
         backend.report_period_s,
         logs,
@@ -339,10 +372,8 @@ def device_name(cfg: DictConfig) -> str:
 def model_folder(cfg: DictConfig) -> str:
     """The model's Hugging Face folder; random weights of its shape, made once, where none is named."""
     if cfg.model.folder is not None:
-        if not (Path(cfg.model.folder) / "config.json").is_file():
-            raise ValueError(f"model.folder is {cfg.model.folder}: there is no config.json of a Hugging Face model")
         return str(cfg.model.folder)
-    shape = typed(cfg.model.shape, ModelShape, "model.shape")
+    shape = model_shape(cfg)
     if shape.parameters > LARGEST_RANDOM_MODEL:
         raise ValueError(
             f"model {shape.name} has no weights: name a Hugging Face folder with model.folder=DIR, or take "
@@ -358,8 +389,14 @@ def model_folder(cfg: DictConfig) -> str:
                 num_layers=shape.layers,
                 num_heads=shape.heads,
                 num_kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
                 intermediate_size=shape.intermediate,
                 vocab_size=shape.vocab,
+                family=shape.family,
+                num_experts=shape.experts,
+                experts_per_token=shape.experts_per_token,
+                expert_size=shape.expert_intermediate,
+                dense_layers=shape.layers - shape.sparse_layers if shape.experts else 0,
                 tie=shape.tied_embeddings,
             ),
         )

@@ -103,7 +103,7 @@ def _write(
 def title(cfg: DictConfig) -> str:
     """A run in a few words."""
     policy = str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1]
-    return f"{policy} on {cfg.backend.name} {cfg.hardware.name}, {cfg.model.shape.name}"
+    return f"{policy} on {cfg.backend.name} {cfg.hardware.name}, {build.model_name(cfg)}"
 
 
 def provenance(cfg: DictConfig, workload: build.Workload) -> dict[str, Any]:

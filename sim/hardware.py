@@ -33,7 +33,10 @@ class Hardware(msgspec.Struct, frozen=True):
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """A dense Llama-family decoder. `bytes_per_value`: of weights and KV cache (2: bf16)."""
+    """A decoder of the Llama kind. `bytes_per_value`: of weights and KV cache (2: bf16). `family`: Hugging Face's name
+    of the model type, for random weights. `sparse_layers` of the layers have, in place of an MLP of `intermediate`, a
+    router and `experts` of `expert_intermediate`, of which each token takes `experts_per_token`.
+    """
 
     name: str
     layers: int
@@ -45,17 +48,38 @@ class ModelShape(msgspec.Struct, frozen=True):
     vocab: int
     bytes_per_value: int = 2
     tied_embeddings: bool = False
+    family: str = "llama"
+    sparse_layers: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sparse_layers and not 0 < self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"model {self.name}: experts_per_token is {self.experts_per_token}: allowed are 1 to {self.experts}, "
+                "all experts of a layer"
+            )
+        if not 0 <= self.sparse_layers <= self.layers:
+            raise ValueError(f"model {self.name}: sparse_layers is {self.sparse_layers}, of {self.layers} layers")
 
     @property
-    def layer_parameters(self) -> int:
+    def dense_parameters(self) -> int:
+        """Of the layers, what every token takes part in."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
+        mlps = 3 * self.hidden * self.intermediate * (self.layers - self.sparse_layers)
+        return self.layers * attention + mlps + self.sparse_layers * self.hidden * self.experts
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one expert in each sparse layer."""
+        return 3 * self.hidden * self.expert_intermediate * self.sparse_layers
 
     @property
     def parameters(self) -> int:
-        """All weights, norms left out (less than a thousandth)."""
+        """All weights, norms and biases left out (less than a thousandth)."""
         embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        return self.layers * self.layer_parameters + embeddings
+        return self.dense_parameters + self.experts * self.expert_parameters + embeddings
 
     @property
     def weight_bytes(self) -> int:

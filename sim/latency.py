@@ -10,9 +10,10 @@ from sim.hardware import Hardware, ModelShape
 class Roofline:
     """Compute or memory bound, whichever is longer, per part of the step; for hardware nobody has profiled.
 
-    Linear layers: 2 x parameters FLOPs per token against reading all weights once. Attention of prompts: 4 x layers
-    x heads x head_dim FLOPs per query-key pair. Attention of decodes: reading the KV cache. Plus a fixed overhead.
-    Split evenly over `npus`; collectives are not modelled, so it is optimistic for more than one.
+    Linear layers: 2 x parameters FLOPs per token against reading all weights once; of E experts, a token computes with
+    its k, and n tokens that choose alike and independently read E x (1 - (1 - k / E)^n). Attention of prompts: 4 x
+    layers x heads x head_dim FLOPs per query-key pair. Attention of decodes: reading the KV cache. Plus a fixed
+    overhead. Split evenly over `npus`; collectives are not modelled, so it is optimistic for more than one.
     """
 
     def __init__(self, hardware: Hardware, shape: ModelShape, npus: int) -> None:
@@ -20,8 +21,11 @@ class Roofline:
         bandwidth = npus * hardware.hbm_bytes_per_s * hardware.efficiency_bandwidth / NS_PER_S
         head = shape.vocab * shape.hidden
         self._overhead = hardware.step_overhead_s * NS_PER_S
-        self._weights = (shape.layers * shape.layer_parameters + head) * shape.bytes_per_value / bandwidth
-        self._per_token = 2 * shape.layers * shape.layer_parameters / (flops * hardware.efficiency_gemm)
+        active = shape.dense_parameters + shape.experts_per_token * shape.expert_parameters
+        self._weights = (shape.dense_parameters + head) * shape.bytes_per_value / bandwidth
+        self._experts = shape.experts * shape.expert_parameters * shape.bytes_per_value / bandwidth
+        self._passed_over = 1 - shape.experts_per_token / max(shape.experts, 1)
+        self._per_token = 2 * active / (flops * hardware.efficiency_gemm)
         self._per_sample = 2 * head / (flops * hardware.efficiency_gemm)
         self._per_pair = 4 * shape.layers * shape.heads * shape.head_dim / (flops * hardware.efficiency_attention)
         self._per_key = shape.kv_bytes_per_token / bandwidth
@@ -29,7 +33,10 @@ class Roofline:
     def step_ns(self, shape: StepShape) -> int:
         tokens = shape.prefill_tokens + shape.decode_sequences
         samples = shape.prefill_chunks + shape.decode_sequences
-        linear = max(self._weights, tokens * self._per_token + samples * self._per_sample)
+        weights = self._weights
+        if self._experts:
+            weights += self._experts * (1 - self._passed_over**tokens)
+        linear = max(weights, tokens * self._per_token + samples * self._per_sample)
         attention = shape.prefill_attention * self._per_pair + shape.decode_context * self._per_key
         return max(1, round(self._overhead + linear + attention))
 

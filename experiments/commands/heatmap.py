@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         prefill_edges=_edges(PREFILL_TOKENS),
         ratio_edges=_edges(RATIOS),
         cells=[[round(cell, 4) for cell in row] for row in cells],
-        source=f"simulated: {together.model.shape.name} on {together.hardware.name}, 1P1D against 2 colocated, "
+        source=f"simulated: {build.model_name(together)} on {together.hardware.name}, 1P1D against 2 colocated, "
         f"{REQUESTS} requests per cell at {', '.join(map(str, RATES))} requests/s",
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,11 @@ TokenId = Annotated[int, msgspec.Meta(ge=0)]
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What config.json says, in our words; a family with more to say extends it. Raises ValueError for sizes that
     do not fit each other.
+
+    `dtype`: of the weights as they are stored. Experts are those of a layer that `is_sparse`, 0 where there is none.
     """
 
+    model_type: str = ""
     hidden_size: Size
     num_layers: Size = msgspec.field(name="num_hidden_layers")
     num_heads: Size = msgspec.field(name="num_attention_heads")
@@ -53,6 +56,10 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     rope: Rope
     eos_token_id: TokenId | list[TokenId] = []
     bos_token_id: TokenId | None = None
+    dtype: str = "float32"
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         if not self.num_kv_heads:
@@ -65,6 +72,10 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary embedding takes an even one")
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts in place of an MLP."""
+        return False
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -84,6 +95,7 @@ def read(config: dict[str, Any], kind: type[Config]) -> Config:
         if attention != "full_attention":
             raise ValueError(f"layer_types has {attention!r}, supported is 'full_attention'")
     values = {name: value for name, value in config.items() if value is not None}
+    values.setdefault("dtype", values.get("torch_dtype", "float32"))
     try:
         return msgspec.convert(values | {"rope": read_rope(config)}, kind)
     except msgspec.ValidationError as error:

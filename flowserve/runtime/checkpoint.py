@@ -29,8 +29,8 @@ FAMILIES = {
 class CheckpointShape(msgspec.Struct, frozen=True):
     """Sizes of a model and the seed of its weights. The default is a Llama of 4 M parameters: 14 MB in float32.
 
-    `head_dim` 0: hidden_size / num_heads. `num_experts` and what follows it: of a mixture of experts, all its layers
-    being sparse; 0 for the other families.
+    `head_dim` 0: hidden_size / num_heads. `num_experts` and what follows it: of a mixture of experts, whose first
+    `dense_layers` have none; 0 for the other families.
     """
 
     hidden_size: int = 256
@@ -45,6 +45,7 @@ class CheckpointShape(msgspec.Struct, frozen=True):
     num_experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
+    dense_layers: int = 0
     tie: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -55,12 +56,12 @@ class CheckpointShape(msgspec.Struct, frozen=True):
         derived = not self.head_dim
         if derived:
             msgspec.structs.force_setattr(self, "head_dim", self.hidden_size // max(self.num_heads, 1))
-        experts = ("num_experts", "experts_per_token", "expert_size")
+        experts = ("num_experts", "experts_per_token", "expert_size", "dense_layers")
         for name, value in msgspec.structs.asdict(self).items():
             if name in experts and self.family != "qwen3_moe":
                 if value:
                     raise ValueError(f"{name} is {value}: a {self.family} model has no experts")
-            elif name != "seed" and type(value) is int and value < 1:
+            elif name not in ("seed", "dense_layers") and type(value) is int and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         if derived and self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_heads {self.num_heads}")
@@ -123,6 +124,7 @@ def hf_config(shape: CheckpointShape) -> dict[str, Any]:
             "num_experts_per_tok": shape.experts_per_token,
             "moe_intermediate_size": shape.expert_size,
             "norm_topk_prob": True,
+            "mlp_only_layers": list(range(shape.dense_layers)),
         }
     return config
 

@@ -91,6 +91,20 @@ def test_a_real_run_writes_the_same_files(deepflow: Command) -> None:
     assert "sleep" in summary.provenance["basis"]
 
 
+def test_a_real_run_on_a_model_of_ones_own(deepflow: Command, tmp_path: Path) -> None:
+    """`model.folder=FOLDER` serves any supported model; here a mixture of experts in bfloat16."""
+    from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
+
+    shape = CheckpointShape(family="qwen3_moe", num_layers=2, num_experts=8, experts_per_token=2, expert_size=64)
+    folder = make_checkpoint("mixture", shape, tmp_path)
+    model = ["backend.device=cpu", "backend.dtype=bfloat16", f"model.folder={folder}"]
+    said = deepflow("run", *NULL, *model, "fleet.groups.0.executors=1", "trace.limit=5", "report=true")
+    assert said.code == 0, said
+    summary = read_summary(said.folder)
+    assert summary.metrics["finished"] == 5
+    assert folder.name in (said.folder / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("device", ["null", "'null'", '"null"'])
 def test_null_engines_by_any_spelling(deepflow: Command, device: str) -> None:
     """What a shell or YAML makes of backend.device="null" is always the engine that sleeps."""

@@ -95,7 +95,7 @@ def test_traces_of_files(option: str, files: Path, trace_file: Callable[[str], P
     workload = build.workload(cfg)
     assert not workload.stand_in
     first = next(iter(workload.arrivals))
-    assert first.request.model == cfg.model.shape.name
+    assert first.request.model == build.model_name(cfg)
     assert first.request.prompt_tokens >= 1
 
 
@@ -124,6 +124,18 @@ def test_a_model_that_was_never_profiled_needs_a_folder(files: Path, monkeypatch
     assert (folder / "model.safetensors").is_file()
     assert build.model_folder(cfg) == str(folder)
     assert build.model_folder(compose([f"model.folder={folder}"])) == str(folder)
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model" and "tiny" in option])
+def test_a_folder_says_the_shape_of_its_model(option: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights are of the configured shape, and their folder, named for any model, gives that shape again."""
+    monkeypatch.setenv("HOME", str(files))
+    cfg = compose([f"model={option}"])
+    folder = Path(build.model_folder(cfg))
+    shape = build.model_shape(compose([f"model.folder={folder}"]))
+    assert shape == msgspec.structs.replace(build.model_shape(cfg), name=folder.name)
+    real = build.model_shape(compose(["backend=real", "backend.dtype=bfloat16", f"model.folder={folder}"]))
+    assert real.bytes_per_value == 2
 
 
 @pytest.mark.parametrize(("group", "base"), [("dispatch", DispatchPolicy), ("scaling", ScalingPolicy)])

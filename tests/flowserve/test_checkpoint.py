@@ -64,6 +64,16 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert (make_checkpoint("a", SMALL, tmp_path) / "model.safetensors").exists()
 
 
+def test_weights_are_written_in_bfloat16(tmp_path: Path) -> None:
+    """The same weights, rounded, and a config.json that says so."""
+    folder = make_checkpoint("a", msgspec.structs.replace(SMALL, dtype="bfloat16"), tmp_path)
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    exact = load_file(make_checkpoint("a", SMALL, tmp_path) / "model.safetensors")
+    rounded = load_file(folder / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in rounded.items()} == dict.fromkeys(exact, torch.bfloat16)
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_transformers_reads_it(tmp_path: Path, tie: bool) -> None:
     """Configuration and weights are complete by the reference implementation's own account."""
@@ -97,9 +107,12 @@ def test_logits_are_not_degenerate(tmp_path: Path) -> None:
         ({"num_layers": 0}, "num_layers is 0"),
         ({"hidden_size": 250}, "even multiple of num_heads"),
         ({"num_heads": 4, "num_kv_heads": 3}, "multiple of num_kv_heads 3"),
+        ({"family": "gpt2"}, "family is 'gpt2': allowed are llama, qwen2, qwen3, qwen3_moe"),
+        ({"num_experts": 4}, "num_experts is 4: a llama model has no experts"),
+        ({"family": "qwen3_moe", "num_experts": 4}, "experts_per_token is 0"),
     ],
 )
-def test_impossible_shapes_are_refused(sizes: dict[str, int], message: str) -> None:
-    """A shape that is no Llama model is refused when it is written down."""
+def test_impossible_shapes_are_refused(sizes: dict[str, Any], message: str) -> None:
+    """A shape that no model has is refused when it is written down."""
     with pytest.raises(ValueError, match=message):
-        CheckpointShape(**sizes)  # type: ignore[arg-type]
+        CheckpointShape(**sizes)

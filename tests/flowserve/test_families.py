@@ -19,7 +19,14 @@ SHAPES = {
     "qwen2": msgspec.structs.replace(TINY, family="qwen2"),
     "qwen3": msgspec.structs.replace(TINY, family="qwen3", head_dim=24, tie=True),
     "qwen3_moe": msgspec.structs.replace(
-        TINY, family="qwen3_moe", head_dim=24, num_experts=6, experts_per_token=2, expert_size=40
+        TINY,
+        family="qwen3_moe",
+        head_dim=24,
+        num_experts=6,
+        experts_per_token=2,
+        expert_size=40,
+        num_layers=3,
+        dense_layers=1,
     ),
 }
 LENGTHS = [1, 16, 17, 40, 90]
@@ -212,8 +219,8 @@ def test_heads_are_normalised_in_place() -> None:
         ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "rope parameters: Expected `float`"),
         ("qwen3_moe", {"num_experts": None}, "missing required field `num_experts`"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7, of num_experts 6"),
-        ("qwen3_moe", {"num_experts": 7}, "tensor model.layers.0.mlp.experts.6.gate_proj.weight is missing"),
-        ("qwen3_moe", {"num_experts": 5}, "tensor model.layers.0.mlp.experts.5.down_proj.weight is unexpected"),
+        ("qwen3_moe", {"num_experts": 7}, "tensor model.layers.1.mlp.experts.6.gate_proj.weight is missing"),
+        ("qwen3_moe", {"num_experts": 5}, "tensor model.layers.1.mlp.experts.5.down_proj.weight is unexpected"),
         ("qwen3_moe", {"moe_intermediate_size": 41}, r"down_proj.weight is F32 \[64, 40\], .* \[64, 41\]"),
     ],
 )

@@ -1,5 +1,6 @@
 """Latency models and hardware: by hand where that is possible, and refused where they make no sense."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,9 @@ NPU = Hardware(
     kv_call_overhead_s=1e-5,
 )
 MODEL = ModelShape("toy", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=1000)
+SPARSE = ModelShape(
+    "qwen3-30b-a3b", 48, 2048, 32, 4, 128, 6144, 151936, 2, False, "qwen3_moe", 48, 128, 8, expert_intermediate=768
+)
 
 shapes = st.builds(
     StepShape,
@@ -36,8 +40,8 @@ shapes = st.builds(
 def test_model_sizes() -> None:
     """Parameters of a Llama layer: q, k, v, o, and three matrices of the feed-forward part; embeddings beside them."""
     attention = 64 * 16 * (4 + 2 + 2 + 4)
-    assert MODEL.layer_parameters == attention + 3 * 64 * 128
-    assert MODEL.parameters == 2 * MODEL.layer_parameters + 2 * 1000 * 64
+    assert MODEL.dense_parameters == 2 * (attention + 3 * 64 * 128)
+    assert MODEL.parameters == MODEL.dense_parameters + 2 * 1000 * 64
     assert MODEL.weight_bytes == 2 * MODEL.parameters
     assert MODEL.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
 
@@ -47,6 +51,39 @@ def test_a_known_model_has_its_known_size() -> None:
     llama = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256)
     assert llama.parameters == pytest.approx(8.03e9, rel=1e-3)
     assert llama.kv_bytes_per_token == 128 * 1024
+
+
+def test_a_known_mixture_of_experts_has_its_known_sizes() -> None:
+    """Qwen3-30B-A3B has 30.5 billion parameters in all, 29.9 without embeddings, and 3.3 billion active ones."""
+    assert SPARSE.parameters == pytest.approx(30.5e9, rel=2e-3)
+    embeddings = 2 * SPARSE.vocab * SPARSE.hidden
+    assert SPARSE.parameters - embeddings == pytest.approx(29.9e9, rel=2e-3)
+    assert SPARSE.dense_parameters + 8 * SPARSE.expert_parameters + embeddings == pytest.approx(3.3e9, rel=2e-2)
+
+
+def test_a_decode_reads_the_experts_that_its_tokens_chose() -> None:
+    """One token reads its eight experts of each layer, many tokens all of them; each computes with its eight."""
+    head, rate = SPARSE.vocab * SPARSE.hidden, 1e12 * 0.8
+    for tokens, experts in ((1, 8), (2, 128 * (1 - (15 / 16) ** 2)), (400, 128)):
+        weights = 2 * (SPARSE.dense_parameters + experts * SPARSE.expert_parameters + head)
+        found = Roofline(NPU, SPARSE, 1).step_ns(StepShape(0, 0, 0, tokens, 0))
+        assert found == pytest.approx((0.001 + weights / rate) * 1e9, rel=1e-6)
+    active = SPARSE.dense_parameters + 8 * SPARSE.expert_parameters
+    found = Roofline(NPU, SPARSE, 1).step_ns(StepShape(100_000, 0, 0, 0, 0))
+    assert found == pytest.approx((0.001 + 2 * 100_000 * active / (1e14 * 0.5)) * 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts_per_token": 129}, "experts_per_token is 129: allowed are 1 to 128"),
+        ({"sparse_layers": 49}, "sparse_layers is 49, of 48 layers"),
+    ],
+)
+def test_impossible_mixtures_are_refused(change: dict[str, int], message: str) -> None:
+    """Experts that are not there, in layers that are not there."""
+    with pytest.raises(ValueError, match=message):
+        msgspec.structs.replace(SPARSE, **change)
 
 
 def test_kv_blocks_fill_what_the_weights_leave() -> None:
@@ -60,7 +97,7 @@ def test_kv_blocks_fill_what_the_weights_leave() -> None:
 
 def test_a_small_decode_reads_all_weights() -> None:
     """Few tokens are bound by memory: weights without the input embedding once, and the KV cache of every context."""
-    weights = 2 * (2 * MODEL.layer_parameters + 1000 * 64)
+    weights = 2 * (MODEL.dense_parameters + 1000 * 64)
     expected = 0.001 + (weights + 500 * MODEL.kv_bytes_per_token) / (1e12 * 0.8)
     assert Roofline(NPU, MODEL, 1).step_ns(StepShape(0, 0, 0, 1, 500)) == pytest.approx(expected * 1e9, abs=1)
 
@@ -68,7 +105,7 @@ def test_a_small_decode_reads_all_weights() -> None:
 def test_a_large_prefill_is_bound_by_compute() -> None:
     """Many tokens cost 2 FLOPs per layer parameter each, one sample the head, attention 4 per pair and channel."""
     tokens, pairs = 100_000, 100_000 * 100_001 // 2
-    linear = (tokens * 2 * 2 * MODEL.layer_parameters + 2 * 1000 * 64) / (1e14 * 0.5)
+    linear = (tokens * 2 * MODEL.dense_parameters + 2 * 1000 * 64) / (1e14 * 0.5)
     attention = pairs * 4 * 2 * 4 * 16 / (1e14 * 0.25)
     expected = 0.001 + linear + attention
     found = Roofline(NPU, MODEL, 1).step_ns(StepShape(tokens, pairs, 1, 0, 0))
@@ -78,8 +115,8 @@ def test_a_large_prefill_is_bound_by_compute() -> None:
 @given(shape=shapes, npus=st.sampled_from([1, 2, 8]))
 def test_more_work_takes_no_less_time(shape: StepShape, npus: int) -> None:
     """Every model is monotone in every part of a step, and more NPUs are never slower."""
-    models = [Roofline(NPU, MODEL, npus), Fitted([5, 4, 3, 2, 1, 0, 7, 8]), Constant(0.01, 0.001)]
-    for model in models:
+    rooflines = [Roofline(NPU, MODEL, npus), Roofline(NPU, SPARSE, npus)]
+    for model in [*rooflines, Fitted([5, 4, 3, 2, 1, 0, 7, 8]), Constant(0.01, 0.001)]:
         base = model.step_ns(shape)
         assert base >= 1
         for place in range(5):
