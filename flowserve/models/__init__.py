@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowserve.models.decoder import DecoderConfig, Empty
 from flowserve.models.loader import load_weights
+from flowserve.ops import Ops
 from flowserve.ops.step import StepContext
 
 ARCHITECTURES = {
@@ -37,6 +38,10 @@ class Model(Protocol):
         """Where each tensor of a checkpoint goes: its name there, and a view of the parameter that holds it."""
         ...
 
+    def pack(self, ops: Ops) -> None:
+        """Bring matrices into the form that the device multiplies fastest: after their weights were set or changed."""
+        ...
+
     def set_positions(self, count: int) -> None:
         """Make ready for positions 0 ... count - 1, once the weights are on their device."""
         ...
@@ -59,7 +64,7 @@ class Family(Protocol):
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
-    """A model with its weights, from a folder with config.json and safetensors files; `set_positions` is still to come.
+    """A model with its weights, from a folder with config.json and safetensors files; `pack`, `set_positions` follow.
 
     Raises ValueError where the folder, its architecture or its weights are not what they should be.
     """

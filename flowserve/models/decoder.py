@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
-import torch
 from torch import Tensor
 
 from flowserve.models.rope import Rope, cos_sin, read_rope
 from flowserve.ops import Ops
+from flowserve.ops.matrix import Matrix
 from flowserve.ops.step import StepContext
 
 Empty = Callable[..., Tensor]
@@ -107,8 +107,8 @@ class Attention:
 
     def __init__(self, config: DecoderConfig, empty: Empty) -> None:
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv = empty(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.o = empty(self.heads * self.head_dim, config.hidden_size)
+        self.qkv = Matrix(empty(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim))
+        self.o = Matrix(empty(self.heads * self.head_dim, config.hidden_size))
 
     def __call__(self, residual: Tensor, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, step: StepContext) -> Tensor:
         """residual + attention of x, both [T, hidden]; cos and sin [T, 1, D]."""
@@ -117,15 +117,23 @@ class Attention:
         ops.rotate(qkv.narrow(1, 0, heads + kv_heads), cos, sin)
         query, kv = qkv.split_with_sizes((heads, 2 * kv_heads), 1)
         ops.store_kv(kv, cache, step)
-        return torch.addmm(residual, ops.attention(query, kv, cache, step), self.o)
+        return ops.linear(ops.attention(query, kv, cache, step), self.o, residual)
 
     def project(self, x: Tensor, ops: Ops) -> Tensor:
         """Queries, keys and values of x, [T, H + 2K, D], before their rotation."""
-        return torch.mm(x, self.qkv).view(len(x), -1, self.head_dim)
+        return ops.linear(x, self.qkv).view(len(x), -1, self.head_dim)
 
     def weights(self) -> dict[str, Tensor]:
-        query, key, value = self.split(self.qkv.t())
-        return {"q_proj.weight": query, "k_proj.weight": key, "v_proj.weight": value, "o_proj.weight": self.o.t()}
+        query, key, value = self.split(self.qkv.weight.t())
+        return {
+            "q_proj.weight": query,
+            "k_proj.weight": key,
+            "v_proj.weight": value,
+            "o_proj.weight": self.o.weight.t(),
+        }
+
+    def matrices(self) -> list[Matrix]:
+        return [self.qkv, self.o]
 
     def split(self, joint: Tensor) -> Sequence[Tensor]:
         """The parts of queries, keys and values along the first dimension."""
@@ -137,16 +145,19 @@ class Mlp:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, empty: Empty) -> None:
-        self.gate_up = empty(config.hidden_size, 2 * config.intermediate_size)
-        self.down = empty(config.intermediate_size, config.hidden_size)
+        self.gate_up = Matrix(empty(config.hidden_size, 2 * config.intermediate_size))
+        self.down = Matrix(empty(config.intermediate_size, config.hidden_size))
 
     def __call__(self, residual: Tensor, x: Tensor, ops: Ops) -> Tensor:
         """residual + MLP of x, both [T, hidden]."""
-        return torch.addmm(residual, ops.swiglu(torch.mm(x, self.gate_up)), self.down)
+        return ops.linear(ops.swiglu(ops.linear(x, self.gate_up)), self.down, residual)
 
     def weights(self) -> dict[str, Tensor]:
-        gate, up = self.gate_up.t().chunk(2)
-        return {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": self.down.t()}
+        gate, up = self.gate_up.weight.t().chunk(2)
+        return {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": self.down.weight.t()}
+
+    def matrices(self) -> list[Matrix]:
+        return [self.gate_up, self.down]
 
 
 class FeedForward(Protocol):
@@ -155,6 +166,10 @@ class FeedForward(Protocol):
     def __call__(self, residual: Tensor, x: Tensor, ops: Ops) -> Tensor: ...
 
     def weights(self) -> dict[str, Tensor]: ...
+
+    def matrices(self) -> list[Matrix]:
+        """Those that `Ops.linear` multiplies by."""
+        ...
 
 
 class Layer:
@@ -193,7 +208,7 @@ class Decoder:
         self.embedding = empty(config.vocab_size, config.hidden_size)
         self.layers = layers
         self.norm = empty(config.hidden_size)
-        self.head = self.embedding.t() if config.tied else empty(config.hidden_size, config.vocab_size)
+        self.head = Matrix(self.embedding.t() if config.tied else empty(config.hidden_size, config.vocab_size))
         self.rotary = empty(0)
 
     def __call__(self, tokens: Tensor, positions: Tensor, step: StepContext) -> Tensor:
@@ -202,7 +217,7 @@ class Decoder:
         for layer, cache in zip(self.layers, step.caches, strict=True):
             x = layer(x, cos, sin, cache, step)
         x = step.ops.rms_norm(x.index_select(0, step.sample_rows), self.norm, self.config.norm_eps)
-        return torch.mm(x, self.head)
+        return step.ops.linear(x, self.head)
 
     def weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding}
@@ -210,8 +225,13 @@ class Decoder:
             weights |= {f"model.layers.{index}.{name}": tensor for name, tensor in layer.weights().items()}
         weights["model.norm.weight"] = self.norm
         if not self.config.tied:
-            weights["lm_head.weight"] = self.head.t()
+            weights["lm_head.weight"] = self.head.weight.t()
         return weights
+
+    def pack(self, ops: Ops) -> None:
+        parts = [part for layer in self.layers for part in (layer.attention, layer.mlp)]
+        for matrix in [matrix for part in parts for matrix in part.matrices()] + [self.head]:
+            matrix.packed = ops.pack(matrix.weight)
 
     def set_positions(self, count: int) -> None:
         """`rotary` [count, 2, D]: cosine and sine of each position's angles, the sine's first half negated."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowserve.models.decoder import Attention, Decoder, DecoderConfig, Empty, Layer, Mlp, read
@@ -14,10 +13,10 @@ class BiasedAttention(Attention):
 
     def __init__(self, config: DecoderConfig, empty: Empty) -> None:
         super().__init__(config, empty)
-        self.bias = empty(self.qkv.shape[1])
+        self.bias = empty(self.qkv.weight.shape[1])
 
     def project(self, x: Tensor, ops: Ops) -> Tensor:
-        return torch.addmm(self.bias, x, self.qkv).view(len(x), -1, self.head_dim)
+        return ops.linear(x, self.qkv, self.bias).view(len(x), -1, self.head_dim)
 
     def weights(self) -> dict[str, Tensor]:
         query, key, value = self.split(self.bias)

@@ -8,6 +8,7 @@ from torch import Tensor
 from flowserve.models import qwen3
 from flowserve.models.decoder import Decoder, DecoderConfig, Empty, Layer, Mlp, Size, read
 from flowserve.ops import Ops
+from flowserve.ops.matrix import Matrix
 
 
 class Qwen3MoeConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -54,6 +55,9 @@ class SparseMlp:
             parts = {"gate_proj": gate, "up_proj": up, "down_proj": down.t()}
             weights |= {f"experts.{expert}.{name}.weight": tensor for name, tensor in parts.items()}
         return weights
+
+    def matrices(self) -> list[Matrix]:
+        return []
 
 
 def read_config(config: dict[str, Any]) -> Qwen3MoeConfig:

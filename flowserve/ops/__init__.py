@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from flowserve.ops.matrix import Matrix
 from flowserve.ops.step import StepContext
 
 DEVICES = ("cpu",)
@@ -25,6 +26,14 @@ class Ops(Protocol):
 
     def prepare(self, step: StepContext) -> object:
         """What all layers of a step share (device copies of tables, masks); `StepContext.prepared` from then on."""
+        ...
+
+    def pack(self, weight: Tensor) -> Any:
+        """The device's own form of a weight [in, out], for `Matrix.packed`; None where `linear` takes it as it is."""
+        ...
+
+    def linear(self, x: Tensor, matrix: Matrix, add: Tensor | None = None) -> Tensor:
+        """x [T, in] @ weight [in, out] + `add`, which is [out] or [T, out]; returns [T, out]."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowserve.ops.matrix import Matrix, product
 from flowserve.ops.step import StepContext
 
 BLOCK_MULTIPLE = 256
@@ -83,6 +84,14 @@ def prepare(step: StepContext) -> _Prepared:
         longest_query=int(step.counts.max()),
         longest_context=int(lengths.max()),
     )
+
+
+def pack(weight: Tensor) -> None:
+    """Matrices stay as they are: cuBLAS takes any layout."""
+
+
+def linear(x: Tensor, matrix: Matrix, add: Tensor | None = None) -> Tensor:
+    return product(x, matrix.weight, add)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

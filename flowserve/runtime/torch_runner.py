@@ -92,6 +92,7 @@ class TorchRunner:
         self._config = engine_config
         self._block_tokens = engine_config.block_tokens
         self.model = load_model(Path(model_dir), DTYPES[dtype], self._device)
+        self.model.pack(self._ops)
         # Plans issued before a stop is known may pass the model's last position; their tokens are dropped.
         self._positions = min(
             engine_config.kv_blocks * engine_config.block_tokens,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from flowserve.models import Model, load_model
 from flowserve.ops import Ops, cpu, load
+from flowserve.ops.matrix import Matrix
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from tests.flowserve.driver import TINY, Reference, make_prompt, packed_logits
 
@@ -58,6 +59,50 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     weights = load_file(folder / "model.safetensors")
     edit(weights)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_packed_matrices_multiply_as_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, error: float
+) -> None:
+    """With nothing, a bias or a residual added, and for a transposed weight as a tied embedding's."""
+    monkeypatch.setattr(cpu, "PACKED_SIZE", 1)
+    generator = torch.Generator().manual_seed(rows)
+    x, residual = torch.randn(rows, 96, generator=generator), torch.randn(rows, 80, generator=generator)
+    bias, plain = torch.randn(80, generator=generator), torch.randn(80, 96, generator=generator)
+    for weight in (plain.t(), plain.t().contiguous()):
+        matrix = Matrix(weight.to(dtype))
+        matrix.packed = cpu.pack(matrix.weight)
+        assert matrix.packed is not None
+        for add in (None, bias, residual):
+            with torch.inference_mode():
+                out = cpu.linear(x.to(dtype), matrix, None if add is None else add.to(dtype))
+            assert out.dtype == dtype
+            expected = x @ weight + (0 if add is None else add)
+            torch.testing.assert_close(out.float(), expected, atol=error * 10, rtol=error)
+
+
+def test_small_matrices_stay_plain() -> None:
+    """In float32 only those are packed whose multiplication takes longer than the call; float16 never is."""
+    assert cpu.pack(torch.zeros(256, 512)) is None
+    assert cpu.pack(torch.zeros(1024, 1024)) is not None
+    assert cpu.pack(torch.zeros(1024, 1024, dtype=torch.float16)) is None
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_logits_with_packed_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: bool) -> None:
+    """They agree with the reference within 1e-4 too, and weights that change are packed anew."""
+    monkeypatch.setattr(cpu, "PACKED_SIZE", 1)
+    folder, tokens = make_checkpoint("packed", msgspec.structs.replace(TINY, tie=tie), tmp_path), make_prompt(3, 40)
+    model = load_float32(folder)
+    model.pack(load("cpu"))
+    expected = Reference(folder).logits(tokens)
+    torch.testing.assert_close(packed_logits(model, tokens, [30]), expected, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        model.weights()["model.layers.0.mlp.down_proj.weight"].zero_()
+    model.pack(load("cpu"))
+    assert not torch.allclose(packed_logits(model, tokens, [30]), expected, atol=1e-2)
 
 
 # -- the same numbers as transformers ------------------------------------------------------------------------------
