@@ -4,10 +4,8 @@ Started as `python -m flowserve.runtime.engine_process SETUP` with an `EngineSet
 with the process that started it, however that one ends.
 """
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,10 +22,9 @@ from flowserve.core.plan import Plan
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.shell import Outbox, TaskExecutor
 from flowserve.runtime import wire
+from flowserve.runtime.child import follow_parent
 from flowserve.runtime.log import engine_logger
 from flowserve.runtime.runner import KvHandle, Payload, Runner
-
-_PR_SET_PDEATHSIG = 1
 
 
 class EngineLoop:
@@ -244,9 +241,7 @@ def main() -> int:
     """Entry point of the process."""
     setup = msgspec.json.decode(sys.argv[1], type=wire.EngineSetup)
     born_ns = time.monotonic_ns() - setup.start_ns
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process shuts us down
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != setup.parent:  # it died before we asked to be told
+    if not follow_parent(setup.parent):
         return 1
     if setup.cpu is not None:
         os.sched_setaffinity(0, {setup.cpu})
