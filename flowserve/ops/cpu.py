@@ -98,9 +98,13 @@ def prepare(step: StepContext) -> _Prepared:
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    packs = weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    packs |= weight.dtype is torch.float32 and weight.numel() >= PACKED_SIZE
-    if not packs or not torch.backends.mkldnn.is_available():
+    if not torch._C._has_mkldnn:
+        return None
+    if weight.dtype is torch.bfloat16:
+        packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        packs = weight.dtype is torch.float32 and weight.numel() >= PACKED_SIZE
+    if not packs:
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.t(), 64)  # 64: typical rows, hardly matters
     return packed
@@ -111,9 +115,9 @@ def linear(x: Tensor, matrix: Matrix, add: Tensor | None = None) -> Tensor:
         return product(x, matrix.weight, add)
     out: Tensor
     if add is None or add.dim() == 1:
-        out = _linear(x, matrix.packed, add, "none", [], "")
+        out = torch.ops.mkldnn._linear_pointwise(x, matrix.packed, add, "none", [], "")
     else:
-        out = _linear_binary(x, add, matrix.packed, None, "add")
+        out = torch.ops.mkldnn._linear_pointwise.binary(x, add, matrix.packed, None, "add")
     return out
 
 
@@ -172,10 +176,6 @@ def attention(query: Tensor, kv: Tensor, cache: LayerCache, step: StepContext) -
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     found = logits.max(dim=-1)
     return found.values, found.indices
-
-
-_linear = torch.ops.mkldnn._linear_pointwise.default
-_linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 
 
 def _attend_chunk(query: Tensor, kv: Tensor, cache: LayerCache, chunk: _Chunk) -> Tensor:
