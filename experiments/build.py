@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from cluster.client import Client
 from cluster.control import ControlPlane
+from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.metrics import Recorder, Slo, Window
@@ -28,6 +29,12 @@ ROLES_THAT_SERVE = (
     {Role.COLOCATED, Role.PREFILL, Role.DECODE},
     {Role.COLOCATED, Role.DECODE},
 )
+ENGINE_POLICIES = {
+    "order": QueueOrder,
+    "victim": VictimPolicy,
+    "eviction": EvictionPolicy,
+    "chunking": ChunkPolicy,
+}
 LARGEST_RANDOM_MODEL = 500_000_000
 """Parameters. Random weights serve to try things out; nobody means to write those of a large model to the disk."""
 
@@ -267,7 +274,20 @@ def engine_config(cfg: DictConfig, npus: int) -> EngineConfig:
     if values["kv_blocks"] is None:
         hardware, shape = typed(cfg.hardware, Hardware, "hardware"), model_shape(cfg)
         values["kv_blocks"] = kv_blocks(hardware, shape, npus, values["block_tokens"])
+    for name, kind in ENGINE_POLICIES.items():
+        if name in values:  # an option of one's own may leave it to the engine's default
+            values[name] = engine_policy(values[name], kind, f"engine.{name}")
     return typed(values, EngineConfig, "engine")
+
+
+def engine_policy(node: dict[str, Any], kind: type, where: str) -> PolicySpec:
+    """A policy inside the engines: each makes its own from this. ValueError: it cannot be made."""
+    spec = PolicySpec(node["_target_"], {name: value for name, value in node.items() if name != "_target_"})
+    try:
+        spec.build(kind)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return spec
 
 
 def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:

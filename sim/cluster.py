@@ -27,8 +27,9 @@ from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core.messages import Abort, Dispatch, Drain, KvFetched, KvOffered, KvRequested, Message, PeerLost
+from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.scheduler import EngineConfig
-from flowserve.core.shell import Outbox, TaskExecutor, Transfer
+from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.transfer import contiguous_runs
 from sim.executor import SimExecutor
 from sim.link import Link

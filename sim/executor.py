@@ -16,9 +16,10 @@ from cluster import identity
 from cluster.latency import LatencyModel, StepShape
 from cluster.request import Answer
 from flowserve.core.messages import Dispatch, Message
+from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
 from flowserve.core.sequence import Sequence, Status
-from flowserve.core.shell import Outbox, TaskExecutor
+from flowserve.core.task_executor import TaskExecutor
 
 LONGEST_SEGMENT = 4096
 _BEFORE_ALL = -(1 << 40)

@@ -14,9 +14,10 @@ from cluster.latency import StepShape
 from cluster.request import Answer
 from cluster.vocabulary import ExecutorSpec
 from flowserve.core.messages import Message
+from flowserve.core.outbox import Outbox
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.scheduler import EngineConfig
-from flowserve.core.shell import Outbox, TaskExecutor
+from flowserve.core.task_executor import TaskExecutor
 from sim.executor import SimExecutor
 
 

@@ -13,8 +13,9 @@ def wants_help(arguments: list[str], usage: str) -> bool:
         return False
     print(usage)
     print("groups and their options:")
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        print(f"  {folder.name:<10}{', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
+    for folder in sorted(path for path in CONF.rglob("*") if path.is_dir() and any(path.glob("*.yaml"))):
+        group = folder.relative_to(CONF).as_posix()
+        print(f"  {group:<17}{', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
     return True
 
 

@@ -8,9 +8,11 @@ more; that token is dropped and the blocks are freed when the last plan that use
 import heapq
 from collections import deque
 from collections.abc import Collection, Iterator
+from typing import TypeVar
 
 import msgspec
 
+from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.identity import BlockIds
 from cluster.latency import StepShape
 from cluster.request import Task
@@ -21,6 +23,8 @@ from flowserve.core.rtc import Rtc
 from flowserve.core.sequence import DecodeClock, Sequence, Status
 from flowserve.core.transfer import runs_from
 
+T = TypeVar("T")
+
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """Limits of one engine.
@@ -30,6 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ones. `max_in_flight`: plans issued ahead of the oldest incomplete one, it included (1: synchronous). `allocator`:
     which free blocks a sequence gets, see `flowserve.core.allocator`. `evict_share`: share of blocks evicted from the
     prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
+
+    `order`, `victim`, `eviction`, `chunking`: policies of `cluster.engine_policy`, None for its base class.
     """
 
     kv_blocks: int
@@ -41,6 +47,10 @@ class EngineConfig(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     allocator: AllocatorKind = "segment"
     evict_share: float = 0.03
+    order: PolicySpec | None = None
+    victim: PolicySpec | None = None
+    eviction: PolicySpec | None = None
+    chunking: PolicySpec | None = None
 
     def __post_init__(self) -> None:
         if self.kv_blocks < 1:
@@ -65,8 +75,12 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.order = _policy(config.order, QueueOrder)
+        self.victim = _policy(config.victim, VictimPolicy)
+        self.chunking = _policy(config.chunking, ChunkPolicy)
         self.rtc = Rtc(
             config.kv_blocks,
+            eviction_key=_policy(config.eviction, EvictionPolicy).key,
             allocator=config.allocator,
             evict_at_least=int(config.evict_share * config.kv_blocks),
         )
@@ -79,7 +93,6 @@ class EngineCore:
         self.waiting_tokens = 0
         self._sequences: dict[int, Sequence] = {}
         self._ids: dict[int, BlockIds] = {}
-        self._waiting: deque[Sequence] = deque()
         self._num_waiting = 0
         self._running: dict[int, Sequence] = {}
         self._prefilling: dict[int, Sequence] = {}
@@ -168,7 +181,7 @@ class EngineCore:
         context = self._decode_context + len(decodes)
         if decodes:
             self._advance_clock(last)
-        chunks = self._schedule_prefills(self.config.token_budget - len(decodes), last)
+        chunks = self._schedule_prefills(len(decodes), context, last)
         if not chunks and not decodes:
             return None
         self._plans += 1
@@ -209,6 +222,8 @@ class EngineCore:
         if not batch or self._ending:  # blocks about to be freed may let in what waits
             return 0
         if any(plan.decodes is not batch or plan.chunks or plan.last for plan in self.in_flight):
+            return 0
+        if self.order.moves_with_service and self._num_waiting and len(self._running) < self.config.max_sequences:
             return 0
         while self._limits and self._limits[0][2].limit != self._limits[0][0]:
             heapq.heappop(self._limits)
@@ -275,8 +290,12 @@ class EngineCore:
 
     # -- batch ----------------------------------------------------------------------------------------------------
 
-    def _schedule_prefills(self, budget: int, last: list[Sequence]) -> list[Chunk]:
+    def _schedule_prefills(self, decodes: int, context: int, last: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
+        budget = self.config.token_budget - decodes
+        if not (budget and (self._prefilling or self._num_waiting)):
+            return chunks
+        budget = min(budget, max(1, self.chunking.prompt_tokens(budget, decodes, context)))
         for sequence in list(self._prefilling.values()):
             if budget == 0:
                 return chunks
@@ -307,11 +326,9 @@ class EngineCore:
 
     def _admit(self) -> Sequence | None:
         """Take the head of the queue into the batch if a place and the blocks for its whole context are there."""
-        while self._waiting and self._waiting[0].status is not Status.WAITING:
-            self._waiting.popleft()
-        if not self._waiting or len(self._running) >= self.config.max_sequences:
+        if not self._num_waiting or len(self._running) >= self.config.max_sequences:
             return None
-        sequence = self._waiting[0]
+        sequence = self._head()
         alone = not self._running
         if self._blocked == (sequence.task_id, self.rtc.changes, alone):
             return None
@@ -329,7 +346,7 @@ class EngineCore:
             self.rtc.unlock(node)
             self._blocked = (sequence.task_id, self.rtc.changes, alone)
             return None
-        self._waiting.popleft()
+        self.order.pop()
         self._num_waiting -= 1
         self.waiting_tokens -= sequence.target
         self._running[sequence.task_id] = sequence
@@ -337,6 +354,7 @@ class EngineCore:
         sequence.computed = len(cached) * self.config.block_tokens
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
+        self.order.admitted(sequence, 0 if fetching else target - sequence.computed)
         if fetching:
             sequence.status, sequence.target = Status.FETCHING, target
             self.fetches.append(Fetch(sequence, sequence.computed, target))
@@ -344,6 +362,15 @@ class EngineCore:
             sequence.status = Status.PREFILL
             self._prefilling[sequence.task_id] = sequence
         return sequence
+
+    def _head(self) -> Sequence:
+        """Who waits and is next; those that were aborted in the queue leave it here."""
+        while True:
+            head = self.order.head(self.clock.issued)
+            assert isinstance(head, Sequence), f"{type(self.order).__name__} has lost a waiting sequence"
+            if head.status is Status.WAITING:
+                return head
+            self.order.pop()
 
     def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
         """`pending`: tokens sampled by issued plans that are not complete."""
@@ -355,6 +382,7 @@ class EngineCore:
         self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][sequence.task_id] = sequence
         sequence.limit = sequence.joined + self._remaining(sequence) - pending
         heapq.heappush(self._limits, (sequence.limit, sequence.arrival, sequence))
+        self.order.joined(sequence, self.clock.issued)
 
     def _leave_batch(self, sequence: Sequence) -> None:
         """Out of the batch, with what was derived from the clock written down."""
@@ -368,6 +396,7 @@ class EngineCore:
             sequence.runs.append((sequence.joined, max(sequence.joined, self.clock.done)))
             sequence.sampled, sequence.computed, sequence.limit = sequence.generated, sequence.position, None
             self._decode_context -= sequence.computed
+            self.order.left(sequence, self.clock.issued)
         sequence.status = Status.ENDED
 
     def _decode_batch(self) -> tuple[Sequence, ...]:
@@ -386,7 +415,7 @@ class EngineCore:
                 last.append(sequence)
 
     def _grow_decodes(self) -> bool:
-        """A block for every decoding sequence that starts one, preempting the newest where none is left.
+        """A block for every decoding sequence that starts one, preempting another sequence where none is left.
 
         False where that needs a preemption while plans are in flight.
         """
@@ -403,11 +432,14 @@ class EngineCore:
         return self.rtc.append_block(sequence.blocks)
 
     def _victim(self) -> Sequence:
-        """The newest running sequence that computes here (a transfer in progress cannot be taken back)."""
-        return next(s for s in reversed(self._running.values()) if s.status in (Status.DECODE, Status.PREFILL))
+        """One that computes here: a transfer in progress cannot be taken back."""
+        computing = (Status.DECODE, Status.PREFILL)
+        victim = self.victim.choose(s for s in reversed(self._running.values()) if s.status in computing)
+        assert isinstance(victim, Sequence)
+        return victim
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue, to be recomputed; what is computed stays cached as long as there is room."""
+        """Back to the queue, to be recomputed; what is computed stays cached as long as there is room."""
         self._leave_batch(sequence)
         self._cache(sequence, min(sequence.computed, sequence.task.request.prompt_tokens + sequence.sampled))
         self._drop_blocks(sequence)
@@ -420,7 +452,7 @@ class EngineCore:
             self.failed.append((sequence, FailureReason.TOO_LONG))
             self._forget(sequence)
         else:
-            self._enqueue(sequence, first=True)
+            self._enqueue(sequence)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -479,17 +511,18 @@ class EngineCore:
         del self._sequences[sequence.task_id]
         del self._ids[sequence.task_id]
 
-    def _enqueue(self, sequence: Sequence, first: bool = False) -> None:
+    def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
         self._num_waiting += 1
         self.waiting_tokens += sequence.target
-        if first:
-            self._waiting.appendleft(sequence)
-        else:
-            self._waiting.append(sequence)
+        self.order.push(sequence, self.clock.issued)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config.block_tokens)
+
+
+def _policy(spec: PolicySpec | None, kind: type[T]) -> T:
+    return kind() if spec is None else spec.build(kind)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -18,9 +18,10 @@ from cluster import identity
 from cluster.events import Event, ExecutorDrained, TaskAborted, TaskFailed, TaskFinished
 from cluster.vocabulary import Stage, to_s
 from flowserve.core.messages import Dispatch, KvFetched, KvOffered, Message
+from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
 from flowserve.core.record import PlanRecord, TurnRecord
-from flowserve.core.shell import Outbox, TaskExecutor
+from flowserve.core.task_executor import TaskExecutor
 from flowserve.runtime import wire
 from flowserve.runtime.child import follow_parent
 from flowserve.runtime.log import engine_logger

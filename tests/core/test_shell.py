@@ -22,10 +22,11 @@ from flowserve.core.messages import (
     Message,
     PeerLost,
 )
+from flowserve.core.outbox import Transfer
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.sequence import Status
-from flowserve.core.shell import TaskExecutor, Transfer
+from flowserve.core.task_executor import TaskExecutor
 from tests.builders import make_request, make_spec, make_task
 
 STEP = 10

@@ -50,8 +50,8 @@ def test_every_command_has_help(deepflow: Command, command: str, option: str) ->
 def test_the_help_of_run_lists_every_option(deepflow: Command) -> None:
     """Groups and their options are listed as conf/ has them."""
     said = deepflow("run", "--help")
-    assert "  dispatch  deepflow, least_outstanding, round_robin\n" in said.out
-    assert "  backend   real, sim\n" in said.out
+    assert "  dispatch         deepflow, least_outstanding, round_robin\n" in said.out
+    assert "  backend          real, sim\n" in said.out
 
 
 # -- run ----------------------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from sim.cluster import SimCluster
 from tests.experiments.small import PROFILE
 
 ROOT = Path(build.__file__).parents[1]
-OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+OPTIONS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
 
 ON_REAL = ["model=tiny_llama", "engine=small", "hardware=cpu"]
 NEEDS = {
     ("trace", "deepflow"): ["trace.reader.path={folder}/trace.jsonl"],
     ("latency", "profile"): ["latency.path={folder}/profile.json"],
     ("backend", "real"): ON_REAL,
+    ("engine/chunking", "protect_tpot"): ["engine.chunking.prompt_token_s=5e-5"],
     ("hardware", "cpu"): ON_REAL[:2],
 }
 """What an option needs beside it: values that it leaves open (`???`), or options that go with it."""
@@ -138,13 +139,21 @@ def test_a_folder_says_the_shape_of_its_model(option: str, files: Path, monkeypa
     assert real.bytes_per_value == 2
 
 
-@pytest.mark.parametrize(("group", "base"), [("dispatch", DispatchPolicy), ("scaling", ScalingPolicy)])
+@pytest.mark.parametrize(
+    ("group", "base"),
+    [
+        ("dispatch", DispatchPolicy),
+        ("scaling", ScalingPolicy),
+        *((f"engine/{name}", kind) for name, kind in build.ENGINE_POLICIES.items()),
+    ],
+)
 def test_options_are_called_like_their_modules(group: str, base: type) -> None:
     """An option of policies names the module of the same name, and every module with a policy has an option."""
     options = {option for folder, option in OPTIONS if folder == group}
-    targets = {option: str(compose([f"{group}={option}"])[group]["_target_"]) for option in options}
+    key = group.replace("/", ".")
+    targets = {option: str(OmegaConf.select(compose([f"{group}={option}"]), f"{key}._target_")) for option in options}
     assert {option: target.rpartition(".")[0] for option, target in targets.items()} == {
-        option: f"policies.{group}.{option}" for option in options
+        option: f"policies.{key}.{option}" for option in options
     }
     modules = {
         file.stem for file in (ROOT / "policies" / group).glob("*.py") if f"({base.__name__})" in file.read_text()

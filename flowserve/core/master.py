@@ -1,0 +1,319 @@
+"""The master of one engine: tasks at hand, scheduler and RTC, and what moves between engines.
+
+Sans I/O, like the core. It takes messages, hands out plans, and says in its outbox what came of them. It knows neither
+role nor load reports: those are the TE-shell's, and an engine runs without one.
+"""
+
+from array import array
+from collections.abc import Collection
+from itertools import pairwise
+from typing import NamedTuple
+
+from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
+from cluster.identity import BlockIds
+from cluster.request import KvSource, Task
+from cluster.vocabulary import FailureReason, TaskKind
+from flowserve.core.messages import (
+    Abort,
+    Dispatch,
+    KvFetched,
+    KvOffered,
+    KvReleased,
+    KvRequested,
+    Message,
+    PeerLost,
+)
+from flowserve.core.outbox import Load, Outbox, Transfer
+from flowserve.core.plan import Fetch, Plan
+from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.sequence import Sequence
+from flowserve.core.transfer import run_lengths
+
+
+class _Entry(NamedTuple):
+    job_executor: str
+    task: Task
+    sample_times: list[int]
+
+
+class Master:
+    """Runs the tasks of one engine, of any kind. `name`: the executor that its events speak for."""
+
+    def __init__(self, name: str, config: EngineConfig, outbox: Outbox) -> None:
+        self.name = name
+        self.core = EngineCore(config)
+        self._outbox = outbox
+        self._entries: dict[int, _Entry] = {}
+        self._fetches: dict[int, tuple[Fetch, KvSource]] = {}
+        self._copying: set[int] = set()
+        self._leases: dict[int, str] = {}
+        self._lost: set[str] = set()
+        self._step_ends = array("q")
+        self._first_clock = 0
+        self._now = 0
+        self._tokens_out = 0
+
+    # -- what is driven -------------------------------------------------------------------------------------------
+
+    def receive(self, message: Message, now: int, ids: BlockIds = ()) -> None:
+        """Take one message. `ids`: block identities of the context, with a `Dispatch`."""
+        self._now = now
+        match message:
+            case Dispatch():
+                self._dispatch(message, ids, now)
+            case Abort():
+                self._abort(message.task_id, now)
+            case KvRequested():
+                self._lease(message)
+            case KvOffered():
+                self._start_transfer(message, now)
+            case KvReleased():
+                self._end_lease(message.task_id)
+            case KvFetched():
+                self._fetched(message.task_id, message.success, now)
+            case PeerLost():
+                self._peer_lost(message.executor, now)
+        self._forget_times()
+
+    def next_plan(self) -> Plan | None:
+        """Decide the next step; also starts the transfers that the engine has made room for."""
+        plan = self.core.schedule()
+        if self._request_fetches() and plan is None:
+            plan = self.core.schedule()
+        if self.core.failed:
+            self._give_up(self._now)
+        return plan
+
+    def _give_up(self, now: int) -> None:
+        """Sequences that outgrew the KV cache while a step was decided: there may be no step after it to say so."""
+        for sequence, reason in self.core.failed:
+            self._fail(self._entries.pop(sequence.task_id), reason, sequence.generated, now)
+        self.core.failed.clear()
+        self._forget_times()
+
+    def _request_fetches(self) -> bool:
+        """Ask for the KV cache of newly admitted sequences. True where one needs nothing and can decode at once."""
+        complete = False
+        for fetch in self.core.fetches:
+            source = fetch.sequence.task.kv
+            assert source is not None
+            task_id = fetch.sequence.task_id
+            self._fetches[task_id] = (fetch, source)
+            if fetch.skip >= fetch.tokens:  # all of it is cached here
+                self._outbox.peers.append((source.executor, KvReleased(source.task_id, self.name)))
+                del self._fetches[task_id]
+                self.core.fetched(task_id, True)
+                complete = True
+            else:
+                self._outbox.peers.append((source.executor, KvRequested(source.task_id, task_id, self.name)))
+        self.core.fetches.clear()
+        return complete
+
+    def complete(self, plan: Plan, stopped: Collection[int], now: int) -> None:
+        """A plan's tokens are there. `stopped`: task ids whose token ends the request."""
+        self._now = now
+        if plan.decodes:
+            self._step_ends.append(now)
+        self._tokens_out += len(plan.decodes)
+        result = self.core.complete(plan, stopped)
+        for sequence in result.first_tokens:
+            self._tokens_out += 1
+            entry = self._entries[sequence.task_id]
+            if sequence.generated == 1:
+                self._emit(
+                    FirstToken(
+                        to=entry.job_executor,
+                        time=now,
+                        occurred=now,
+                        request_id=entry.task.request.request_id,
+                        task_id=sequence.task_id,
+                        executor=self.name,
+                    )
+                )
+            entry.sample_times.append(now)
+        for sequence, held in result.finished:
+            self._finished(sequence, held, now)
+        self._forget_times()
+
+    def fail(self, task_id: int, detail: str, now: int) -> None:
+        """The engine cannot go on with this task; the others are unharmed, and nothing of it is cached from here on.
+
+        Where a plan has failed for it: before that plan is completed.
+        """
+        entry = self._entries.pop(task_id, None)
+        sequence = self.core.abort(task_id, keep=False)
+        if entry is not None and sequence is not None:
+            self._fail(entry, FailureReason.ENGINE_ERROR, sequence.generated, now, detail)
+        self._forget_times()
+
+    def advance(self, ends: list[int]) -> None:
+        """Steps that only decoded the same batch, with no stop, ended at these times."""
+        self._step_ends.extend(ends)
+        self._tokens_out += len(ends) * len(self.core.in_flight[0].decodes)
+        self.core.advance(len(ends))
+
+    # -- what can be read -----------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No task, and no KV cache held for anyone."""
+        return self.core.idle
+
+    def load(self) -> Load:
+        """How much there is, by count."""
+        core = self.core
+        return Load(
+            waiting=core.num_waiting,
+            running=core.num_running,
+            waiting_tokens=core.waiting_tokens,
+            free_blocks=core.rtc.available,
+            cached_blocks=core.rtc.cached_blocks,
+            total_blocks=core.rtc.total_blocks,
+            generated_tokens=self._tokens_out,
+            preemptions=core.preemptions,
+        )
+
+    def progress(self) -> dict[str, list[tuple[int, int]]]:
+        """(task id, tokens) of what decodes, by the job executor it belongs to."""
+        progress: dict[str, list[tuple[int, int]]] = {}
+        for sequence in self.core.decoding():
+            job_executor = self._entries[sequence.task_id].job_executor
+            progress.setdefault(job_executor, []).append((sequence.task_id, sequence.generated))
+        return progress
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, message: Dispatch, ids: BlockIds, now: int) -> None:
+        task, entry = message.task, _Entry(message.job_executor, message.task, [])
+        if (task.kind is TaskKind.DECODE) != (task.kv is not None):
+            reason: FailureReason | None = FailureReason.INVALID
+        else:
+            reason = self.core.add(task, ids)
+        if reason is None:
+            self._entries[task.task_id] = entry
+        else:
+            self._fail(entry, reason, task.generated, now)
+
+    def _abort(self, task_id: int, now: int) -> None:
+        if task_id in self._leases:
+            return  # somebody reads these blocks: they go when the lease ends
+        entry = self._entries.pop(task_id, None)
+        sequence = self.core.abort(task_id)
+        if entry is not None and sequence is not None:
+            self._outbox.forgotten.append(task_id)
+            self._emit(
+                TaskAborted(
+                    to=entry.job_executor,
+                    time=now,
+                    occurred=now,
+                    request_id=entry.task.request.request_id,
+                    task_id=task_id,
+                    executor=self.name,
+                    generated=sequence.generated,
+                )
+            )
+
+    def _finished(self, sequence: Sequence, held: bool, now: int) -> None:
+        entry = self._entries.pop(sequence.task_id)
+        self._outbox.forgotten.append(sequence.task_id)
+        times: list[int] = []
+        samples = entry.sample_times
+        # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
+        late = int(entry.task.kv is not None)
+        for index in range(max(len(samples) + late, len(sequence.runs))):
+            if index >= late and index - late < len(samples):
+                times.append(samples[index - late])
+            if index < len(sequence.runs):
+                first, last = sequence.runs[index]
+                times += self._step_ends[first - self._first_clock : last - self._first_clock]
+        self._emit(
+            TaskFinished(
+                to=entry.job_executor,
+                time=now,
+                occurred=now,
+                request_id=entry.task.request.request_id,
+                task_id=sequence.task_id,
+                executor=self.name,
+                generated=sequence.generated,
+                stopped=not held,
+                tokens=len(times),
+                last_token_ns=now,
+                token_gaps_ns=tuple([later - earlier for earlier, later in pairwise(times)]),
+                cached_tokens=sequence.cached_tokens,
+                preemptions=sequence.preemptions,
+                kv_runs=tuple(run_lengths(sequence.blocks)) if held else (),
+            )
+        )
+
+    def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
+        self._outbox.forgotten.append(entry.task.task_id)
+        self._emit(
+            TaskFailed(
+                to=entry.job_executor,
+                time=now,
+                occurred=now,
+                request_id=entry.task.request.request_id,
+                task_id=entry.task.task_id,
+                executor=self.name,
+                reason=reason,
+                generated=generated,
+                detail=detail,
+            )
+        )
+
+    # -- KV cache between executors -------------------------------------------------------------------------------
+
+    def _lease(self, message: KvRequested) -> None:
+        if message.by in self._lost:
+            return  # sent before it died: nobody would end this lease
+        held = self.core.held.get(message.task_id)
+        if held is not None:
+            self._leases[message.task_id] = message.by
+        blocks = None if held is None else list(held.blocks)
+        self._outbox.peers.append((message.by, KvOffered(message.task_id, message.for_task, self.name, blocks)))
+
+    def _end_lease(self, task_id: int) -> None:
+        self._leases.pop(task_id, None)
+        self.core.release_held(task_id)
+
+    def _start_transfer(self, message: KvOffered, now: int) -> None:
+        task_id = message.for_task
+        if task_id not in self._fetches:
+            return
+        fetch, _ = self._fetches[task_id]
+        if message.blocks is None or task_id not in self._entries:
+            self._fetched(task_id, False, now)
+            return
+        size = self.core.config.block_tokens
+        span = slice(fetch.skip // size, -(-fetch.tokens // size))
+        blocks = fetch.sequence.blocks
+        self._copying.add(task_id)
+        self._outbox.transfers.append(Transfer(task_id, message.source, message.blocks[span], blocks[span]))
+
+    def _fetched(self, task_id: int, success: bool, now: int) -> None:
+        if task_id not in self._fetches:
+            return
+        _, source = self._fetches.pop(task_id)
+        self._copying.discard(task_id)
+        self._outbox.peers.append((source.executor, KvReleased(source.task_id, self.name)))
+        lost = self.core.fetched(task_id, success)
+        if lost is not None:
+            self._fail(self._entries.pop(task_id), FailureReason.KV_LOST, lost.generated, now)
+
+    def _peer_lost(self, executor: str, now: int) -> None:
+        self._lost.add(executor)
+        for task_id, reader in list(self._leases.items()):
+            if reader == executor:
+                self._end_lease(task_id)
+        for task_id, (_, source) in list(self._fetches.items()):
+            if source.executor == executor and task_id not in self._copying:  # a copy under way ends by itself
+                self._fetched(task_id, False, now)
+
+    def _forget_times(self) -> None:
+        """With nothing under way, nobody asks for the times of earlier steps any more."""
+        if not (self.core.num_running or self.core.num_waiting or self.core.in_flight):
+            del self._step_ends[:]
+            self._first_clock = self.core.clock.done
+
+    def _emit(self, event: Event) -> None:
+        self._outbox.events.append(event)

@@ -1,0 +1,53 @@
+"""What the modules of an executor say: to actors, to other executors, to their data plane, and to each other."""
+
+from typing import NamedTuple
+
+from cluster.events import Event
+from flowserve.core.messages import Message
+
+
+class Transfer(NamedTuple):
+    """KV cache for the data plane to copy, block for block, from executor `source`; answer it with `KvFetched`."""
+
+    task_id: int
+    source: str
+    source_blocks: list[int]
+    blocks: list[int]
+
+
+class Outbox:
+    """What has come of the calls since the last `take`. `forgotten`: tasks that no later plan names, whose tokens may
+    go.
+    """
+
+    __slots__ = ("events", "forgotten", "peers", "transfers")
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.peers: list[tuple[str, Message]] = []
+        self.transfers: list[Transfer] = []
+        self.forgotten: list[int] = []
+
+    def take(self) -> "Outbox":
+        """Everything since the last call; whoever takes it delivers it."""
+        taken = Outbox()
+        for name in self.__slots__:
+            setattr(taken, name, getattr(self, name))
+            setattr(self, name, [])
+        return taken
+
+
+class Load(NamedTuple):
+    """How much an engine has to do and holds: the numbers of a `LoadReport`."""
+
+    waiting: int
+    running: int
+    waiting_tokens: int
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    generated_tokens: int
+    preemptions: int
+
+
+NOTHING = Load(0, 0, 0, 0, 0, 0, 0, 0)

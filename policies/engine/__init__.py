@@ -1,0 +1,1 @@
+"""What happens inside an engine: queue order, preemption victim, cache eviction, prompt tokens per step."""

@@ -1,0 +1,1 @@
+"""Chunk sizes: how many prompt tokens a step takes beside its decodes."""

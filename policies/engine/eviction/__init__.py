@@ -1,0 +1,1 @@
+"""Cache eviction: which cached blocks go first."""

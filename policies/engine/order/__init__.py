@@ -1,0 +1,1 @@
+"""Queue orders: which waiting sequence an engine admits next."""

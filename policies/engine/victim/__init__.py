@@ -1,0 +1,1 @@
+"""Preemption victims: who gives its blocks up when none are left."""
