@@ -98,22 +98,24 @@ def load(model: str, engines: int, max_sequences: int, max_prompt: int, seed: in
 
 
 def measured_steps(engines: list[list[TurnRecord]]) -> tuple[list[tuple[StepShape, int]], list[float]]:
-    """(shape, ns) of the recorded plans, and the mean number of other engines that computed during each.
+    """(shape, ns) of the completed plans, and the mean number of other engines that computed during each.
 
     A step counts from the end of the one before, or from its own start after a pause.
     """
-    spans = [np.array([(turn.start_ns, turn.end_ns) for turn in turns if turn.plan]) for turns in engines]
+    spans = [np.array([(turn.start_ns, turn.end_ns) for turn in turns if turn.done is not None]) for turns in engines]
     steps: list[tuple[StepShape, int]] = []
     busy: list[float] = []
     for number, turns in enumerate(engines):
         others = [span for other, span in enumerate(spans) if other != number and len(span)]
         last_end, warm = turns[0].start_ns, 0
+        shapes: dict[int, StepShape] = {}
         for turn in turns:
-            if turn.plan is not None:
+            shapes |= {plan.number: plan.shape for plan in turn.plans}
+            if turn.done is not None:
                 start = last_end if turn.start_ns - last_end < IDLE_NS else turn.start_ns
                 warm += 1
                 if warm > WARM_UP_STEPS:
-                    steps.append((turn.plan.shape, turn.end_ns - start))
+                    steps.append((shapes[turn.done], turn.end_ns - start))
                     busy.append(sum(_overlap(span, start, turn.end_ns) for span in others))
             last_end = turn.end_ns
     return steps, busy

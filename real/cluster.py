@@ -236,11 +236,6 @@ class RealCluster(Cluster):
 
     def _launch(self, action: LaunchExecutor) -> None:
         name, engine = action.executor, self._engine_for(action.spec)
-        if engine.engine.max_in_flight != 1:
-            raise ValueError(
-                f"engine.max_in_flight is {engine.engine.max_in_flight}: real engines complete each plan before they "
-                "schedule the next, so allowed is 1 (the simulator takes more)"
-            )
         folder = self._log_dir
         setup = wire.EngineSetup(
             executor=name,
@@ -339,10 +334,8 @@ class RealCluster(Cluster):
                 executor.crash = message.reason
 
     def _output(self, name: str, executor: _Executor, output: wire.Output) -> None:
-        for task_id, index, token in output.tokens:
-            job_executor_and_task = executor.tasks.get(task_id)
-            if job_executor_and_task is not None:
-                self._frontend_of[job_executor_and_task[1].request.request_id].take(task_id, index, token)
+        if output.tokens is not None:
+            self._frontends[executor.spec.model].take(output.tokens)
         for event in output.events:
             if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
                 executor.tasks.pop(event.task_id, None)

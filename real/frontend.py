@@ -1,5 +1,7 @@
 """The frontend: holds the tokens of open requests, beside the control plane, so that a retry goes on where it broke."""
 
+from collections.abc import Iterable
+
 from cluster.request import Answer, Request, Task
 from cluster.tokens import answer_tokens_of, prompt_tokens_of
 from flowserve.runtime.runner import Payload
@@ -7,10 +9,7 @@ from flowserve.runtime.sampling import Sampling
 
 
 class Frontend:
-    """Prompts and tokens by request. Tokens of tasks that are not a request's current one are dropped.
-
-    `keep`: remember the outputs of ended requests too.
-    """
+    """Prompts and tokens by request. `keep`: remember the outputs of ended requests too."""
 
     def __init__(self, vocab: int, sampling: Sampling, keep: bool = False) -> None:
         self.outputs: dict[int, list[int]] = {}
@@ -43,14 +42,18 @@ class Frontend:
             generated=task.generated,
         )
 
-    def take(self, task_id: int, index: int, token: int) -> None:
-        """A token arrives: number `index` of its request's output. Out of order means lost or repeated: a bug."""
-        number = self._request_of.get(task_id)
-        if number is None:
-            return
-        output = self.outputs[number]
-        assert index == len(output), f"request {number}: token {index} came after {len(output)} tokens"
-        output.append(token)
+    def take(self, tokens: Iterable[tuple[int, int, int]]) -> None:
+        """Tokens arrive as (task id, place in the request's output, token). Out of order means lost or repeated: a bug.
+
+        Those of tasks that are not a request's current one are dropped.
+        """
+        request_of, outputs = self._request_of, self.outputs
+        for task_id, index, token in tokens:
+            number = request_of.get(task_id)
+            if number is not None:
+                output = outputs[number]
+                assert index == len(output), f"request {number}: token {index} came after {len(output)} tokens"
+                output.append(token)
 
     def generated(self, request_id: int) -> int:
         """Tokens held for an open request."""

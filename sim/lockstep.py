@@ -46,11 +46,12 @@ class Lockstep:
         self._turns = [
             (number, turn, turns[number + 1].start_ns if number + 1 < len(turns) else turn.end_ns)
             for number, turn in enumerate(turns)
-            if turn.plan is not None or turn.messages
+            if turn.done is not None or turn.messages
         ]
         self.compared = 0
         self.difference: Difference | None = None
         self._injected = False
+        self._scheduled = 0
         shell = TaskExecutor(name, spec, config, (), report_period_ns)
         self.executor = SimExecutor(self._env, shell, self, answers, self._compare, coalesce=False)
         busy = False
@@ -59,14 +60,14 @@ class Lockstep:
                 # In the middle of a step a message is taken at its end; an idle engine takes it at once.
                 at = turn.start_ns - 1 if busy else turn.start_ns
                 self._env.timeout(at).callbacks.append(partial(self._inject, turn.messages))
-            busy = turn.plan is not None
+            busy = turn.done is not None
 
     def run(self) -> Difference | None:
         """Simulate the whole record; None if every turn came out the same."""
         while self.difference is None and self.compared < len(self._turns):
             if self._env.peek() == float("inf"):
                 number, turn, _ = self._turns[self.compared]
-                return Difference(number, "the simulation has nothing to do", turn.plan, None)
+                return Difference(number, "the simulation has nothing to do", turn.plans, None)
             self._env.step()
         return self.difference
 
@@ -83,16 +84,17 @@ class Lockstep:
 
     def _compare(self, outbox: Outbox) -> None:
         in_flight = self.executor.shell.core.in_flight
-        plan = PlanRecord.of(in_flight[-1]) if in_flight else None
-        if plan is None and not self._injected:
+        if not in_flight and not self._injected:
             return  # a load report was due
+        plans = [PlanRecord.of(plan) for plan in in_flight if plan.number > self._scheduled]
+        self._scheduled += len(plans)
         self._injected = False
         if self.compared >= len(self._turns) or self.difference is not None:
             return
         number, turn, _ = self._turns[self.compared]
         transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
         for what, recorded, simulated in (
-            ("plan", turn.plan, plan),
+            ("plans", turn.plans, plans),
             ("preemptions", turn.preemptions, self.executor.shell.core.preemptions),
             ("transfers", turn.transfers, transfers),
         ):

@@ -25,17 +25,19 @@ class PlanRecord(msgspec.Struct, frozen=True):
 
 
 class TurnRecord(msgspec.Struct, frozen=True):
-    """One turn of the engine loop: messages in the order taken, then what was scheduled.
+    """One turn of the engine loop: messages in the order taken, what was scheduled, and what was completed.
 
-    Times in ns of the run: `start_ns` when the messages were taken, `end_ns` when the plan's tokens were there.
-    `stopped`: task ids whose token was the last. `preemptions`: so far, after scheduling. `transfers`: KV cache the
-    turn asked the data plane for, as (task id, source blocks, blocks).
+    Times in ns of the run: `start_ns` when the messages were taken, `end_ns` when the tokens of the completed plan were
+    there. `plans`: scheduled and launched, in this order. `done`: number of the plan that was completed then, the
+    oldest in flight; None where none was. `stopped`: task ids whose token in it was the last. `preemptions`: so far,
+    after scheduling. `transfers`: KV cache the turn asked the data plane for, as (task id, source blocks, blocks).
     """
 
     start_ns: int
     end_ns: int
     messages: list[Message]
-    plan: PlanRecord | None
+    plans: list[PlanRecord]
+    done: int | None
     stopped: list[int]
     preemptions: int
     transfers: list[tuple[int, list[int], list[int]]]

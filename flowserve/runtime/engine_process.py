@@ -19,17 +19,21 @@ from cluster.events import Event, ExecutorDrained, TaskAborted, TaskFailed, Task
 from cluster.vocabulary import Stage, to_s
 from flowserve.core.messages import Dispatch, KvFetched, KvOffered, Message
 from flowserve.core.outbox import Outbox
-from flowserve.core.plan import Plan
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.runtime import wire
 from flowserve.runtime.child import follow_parent
+from flowserve.runtime.intake import NOTHING, Intake, Taken
 from flowserve.runtime.log import engine_logger
 from flowserve.runtime.runner import KvHandle, Payload, Runner
 
 
 class EngineLoop:
-    """Turns of: messages in, schedule, run, complete, output out. Single-threaded; waits only when there is no work."""
+    """Turns of: messages in, schedule and launch as many plans as may be in flight, complete the oldest, output out.
+
+    With two plans in flight, all that a turn does is done while the device computes the other plan. Single-threaded;
+    waits for the oldest plan, or for messages where there is nothing to compute.
+    """
 
     def __init__(
         self,
@@ -44,39 +48,45 @@ class EngineLoop:
         self._socket = socket
         self._runner = runner
         self._record = record
+        self._intake = Intake(runner.eos)
         self._done: list[Message] = []
         self._payloads: dict[int, Payload] = {}
-        self._ends: dict[int, frozenset[int]] = {}
         self._handles: dict[str, KvHandle | None] = {}
         self._shell = TaskExecutor(setup.executor, setup.spec, setup.engine, setup.report_to, setup.report_period_ns)
 
     def run(self) -> None:
         """Serve until told to stop."""
-        plan: Plan | None = None
-        shell, now = self._shell, self.now
+        shell, runner, now = self._shell, self._runner, self.now
+        in_flight = shell.core.in_flight
+        done: int | None = None
         while True:
-            messages = self._receive(block=plan is None)
+            messages = self._receive(block=done is None)  # what a plan has freed may let in what waits
             if messages is None:
                 return
             start = end = now()
             for message in messages:
                 self._take(message, start)
             shell.report(start)
-            plan = shell.next_plan()
-            record = None if plan is None else PlanRecord.of(plan)
-            out = wire.Output([], [], [])
-            stopped: list[int] = []
-            if plan is not None:
-                out, stopped, failed = self._run(plan)
+            plans = []
+            while (plan := shell.next_plan()) is not None:
+                runner.launch(plan)
+                if self._record is not None:
+                    plans.append(PlanRecord.of(plan))
+            preemptions = shell.core.preemptions
+            taken, done = NOTHING, None
+            if in_flight:
+                done = in_flight[0].number
+                output = runner.collect()
                 end = now()
-                for task_id, reason in failed.items():
+                taken = self._intake.take(in_flight[0], output)
+                for task_id, reason in output.failed.items():
                     shell.fail(task_id, reason, end)
-                shell.complete(plan, stopped, end)
+                shell.complete(in_flight[0], taken.stopped, end)
             outbox = shell.outbox()
-            self._send(out, outbox)
+            self._send(taken, outbox)
             if self._record is not None:
                 transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
-                turn = TurnRecord(start, end, messages, record, stopped, shell.core.preemptions, transfers)
+                turn = TurnRecord(start, end, messages, plans, done, taken.stopped, preemptions, transfers)
                 self._record.write(msgspec.json.encode(turn) + b"\n")
                 self._record.flush()
 
@@ -105,57 +115,34 @@ class EngineLoop:
             if isinstance(message, Dispatch):
                 assert received.payload is not None
                 self._payloads[message.task.task_id] = received.payload
-                self._ends[message.task.task_id] = received.payload.ends(self._runner.eos)
             elif isinstance(message, KvOffered):
                 self._handles[message.source] = received.handle
             messages.append(message)
 
     def _take(self, message: Message, now: int) -> None:
-        ids: identity.BlockIds = ()
-        if isinstance(message, Dispatch):
-            request, payload = message.task.request, self._payloads[message.task.task_id]
-            known = (payload.answer and payload.answer.block_ids) or request.block_ids
-            ids = identity.of_context(request.request_id, request.max_tokens, known)
-        self._shell.receive(message, now, ids)
-        if isinstance(message, Dispatch):
-            try:
-                self._runner.add(message.task.task_id, self._payloads[message.task.task_id])
-            except ValueError as error:
-                self._shell.fail(message.task.task_id, str(error), now)
-
-    # -- a step ---------------------------------------------------------------------------------------------------
-
-    def _run(self, plan: Plan) -> tuple[wire.Output, list[int], dict[int, str]]:
-        """What the sampling sequences got, the tasks that stop with it, and why others got no token."""
-        self._runner.launch(plan)
-        output = self._runner.collect()
-        out, stopped = wire.Output([], [], []), []
-        for sequence, sampled in zip(plan.sampling, output.tokens, strict=True):
-            task_id, payload = sequence.task_id, self._payloads[sequence.task_id]
-            ends, least = self._ends[task_id], payload.sampling.min_tokens
-            logprobs = output.logprobs and output.logprobs.get(task_id)
-            for index, token in enumerate(sampled, sequence.generated):
-                out.tokens.append((task_id, index, token))
-                if logprobs:
-                    out.logprobs.append((task_id, index, logprobs[index - sequence.generated]))
-                if token in ends and index >= least:
-                    out.ended.append(task_id)
-                elif payload.answer is None or index + 1 < payload.answer.output_tokens:
-                    continue
-                stopped.append(task_id)
-                break
-        return out, stopped, output.failed
+        if not isinstance(message, Dispatch):
+            self._shell.receive(message, now)
+            return
+        request, task_id = message.task.request, message.task.task_id
+        payload = self._payloads.pop(task_id)
+        known = (payload.answer and payload.answer.block_ids) or request.block_ids
+        self._shell.receive(message, now, identity.of_context(request.request_id, request.max_tokens, known))
+        self._intake.add(task_id, payload)
+        try:
+            self._runner.add(task_id, payload)
+        except ValueError as error:
+            self._shell.fail(task_id, str(error), now)
 
     # -- out ------------------------------------------------------------------------------------------------------
 
-    def _send(self, out: wire.Output, outbox: Outbox) -> None:
+    def _send(self, taken: Taken, outbox: Outbox) -> None:
+        in_flight = self._shell.core.in_flight
         for task_id in outbox.forgotten:
             self._runner.remove(task_id)
-            self._payloads.pop(task_id, None)
-            self._ends.pop(task_id, None)
-        if out.tokens or outbox.events or outbox.peers:
-            out = msgspec.structs.replace(out, events=outbox.events, peers=outbox.peers)
-            self._socket.send(wire.encode(out))
+            self._intake.forget(task_id, in_flight[-1].number if in_flight else None)
+        if taken.tokens is not None or outbox.events or outbox.peers:
+            output = wire.Output(taken.tokens, outbox.events, outbox.peers, taken.logprobs, taken.ended)
+            self._socket.send(wire.encode(output))
         for event in outbox.events:
             log_event(self._log, event)
         for transfer in outbox.transfers:

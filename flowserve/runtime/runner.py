@@ -4,6 +4,8 @@ from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from cluster.request import Answer
 from flowserve.core.plan import Plan
@@ -52,12 +54,13 @@ class KvHandle(msgspec.Struct, frozen=True):
 class StepOutput(NamedTuple):
     """What a plan gave, on the host.
 
-    `tokens`: for each sequence of `plan.sampling`, in that order, the tokens it got (none where it has failed).
-    `failed`: task id → why it has no usable token; the step is done for the others.
+    For the S sequences of `plan.sampling`, in that order: `tokens` int64 [S, most], of which each has its first
+    `counts` [S] (0 where it has failed). `failed`: task id → why it has no usable token; the others are unharmed.
     `logprobs`: task id → one for each of its tokens, where they were asked for.
     """
 
-    tokens: list[list[int]]
+    tokens: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
     failed: dict[int, str]
     logprobs: dict[int, list[TokenLogprobs]] | None = None
 
@@ -70,7 +73,7 @@ class Runner(Protocol):
         ...
 
     def remove(self, task_id: int) -> None:
-        """No later plan names this task. Unknown ids are ignored."""
+        """No later plan names this task; those in flight may. Unknown ids are ignored."""
         ...
 
     def warm_up(self) -> None:

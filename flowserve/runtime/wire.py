@@ -1,12 +1,18 @@
 """What passes between an engine process and whoever drives it: msgpack of typed structs, one socket, both ways."""
 
+from collections.abc import Iterator
+
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from cluster.events import Event
 from cluster.vocabulary import ExecutorSpec, Stage
 from flowserve.core.messages import Message
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.runner import KvHandle, Payload, TokenLogprobs
+
+Ints = npt.NDArray[np.int64]
 
 
 class NullDevice(msgspec.Struct, frozen=True, tag=True):
@@ -73,14 +79,30 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     handle: KvHandle | None
 
 
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """Sampled tokens of one step, as little-endian int64 arrays: task, place in the request's output, token."""
+
+    task_ids: bytes
+    indices: bytes
+    tokens: bytes
+
+    @classmethod
+    def of(cls, task_ids: Ints, indices: Ints, tokens: Ints) -> "Tokens":
+        return cls(task_ids.tobytes(), indices.tobytes(), tokens.tobytes())
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        arrays = (np.frombuffer(each, dtype=np.int64).tolist() for each in (self.task_ids, self.indices, self.tokens))
+        return zip(*arrays, strict=True)
+
+
 class Output(msgspec.Struct, frozen=True, tag=True):
-    """What one turn of the engine loop yields: tokens as (task id, output index, token), events, messages to peers.
+    """What one turn of the engine loop yields: tokens, events, messages to peers.
 
     `logprobs`: (task id, output index, probabilities) of tokens whose request asked for them. `ended`: tasks whose last
     token ends the output, by the model or by the request's stop tokens.
     """
 
-    tokens: list[tuple[int, int, int]]
+    tokens: Tokens | None
     events: list[Event]
     peers: list[tuple[str, Message]]
     logprobs: list[tuple[int, int, TokenLogprobs]] = []

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
@@ -57,7 +58,13 @@ def real_cluster(
     return RealCluster(actors, lambda spec: kind, lambda model: 1000, report_period_s=report_period_s, **options)
 
 
-BACKENDS: dict[str, Callable[..., Cluster]] = {"sim": sim_cluster, "real": real_cluster}
+AHEAD = EngineConfig(kv_blocks=2000, max_in_flight=2)
+BACKENDS: dict[str, Callable[..., Cluster]] = {
+    "sim": sim_cluster,
+    "real": real_cluster,
+    "sim, plans in flight": partial(sim_cluster, engine=AHEAD),
+    "real, plans in flight": partial(real_cluster, engine=AHEAD),
+}
 
 
 def kill(cluster: Cluster, executor: str) -> None:

@@ -70,7 +70,8 @@ def run(
     log, events = io.BytesIO(), []
     control.log_to(log)
     actors = ("client", *(actor.name for actor in control.job_executors), "cm")
-    with make_cluster(actors=actors, engine=EngineConfig(kv_blocks=400, token_budget=64, max_sequences=16)) as cluster:
+    limits = EngineConfig(kv_blocks=400, token_budget=64, max_sequences=16, max_in_flight=2)
+    with make_cluster(actors=actors, engine=limits) as cluster:
         while (event := cluster.next_event()) is not None:
             events.append(event)
             actions = control.on_event(event)

@@ -10,7 +10,9 @@ from cluster.request import KvSource
 from cluster.vocabulary import FailureReason, Outcome, Role, TaskKind
 from flowserve.core.scheduler import EngineConfig
 from tests.builders import make_spec
-from tests.contract.backends import Driver, kill
+from tests.contract.backends import BACKENDS, Driver, kill
+
+pytestmark = pytest.mark.parametrize("make_cluster", list(BACKENDS), indirect=True)
 
 
 def test_a_task_from_dispatch_to_end(driver: Driver) -> None:

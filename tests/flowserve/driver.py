@@ -14,6 +14,7 @@ from cluster.vocabulary import TaskKind
 from flowserve import ops
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.sequence import Status
 from flowserve.models import Model
 from flowserve.ops.step import StepContext
 from flowserve.runtime.checkpoint import CheckpointShape
@@ -64,19 +65,23 @@ class Engine:
         return task.task_id
 
     def step(self, stop: Sequence[int] = ()) -> Plan | None:
-        """One synchronous step; tasks in `stop` end with it."""
-        plan = self.core.schedule()
-        if plan is not None:
+        """Launch what may be in flight and complete the oldest plan, which is returned; tasks in `stop` end with it."""
+        while (plan := self.core.schedule()) is not None:
             self.runner.launch(plan)
-            self.take(plan)
-            self.complete(plan, stop)
-        return plan
+        if not self.core.in_flight:
+            return None
+        oldest = self.core.in_flight[0]
+        self.take(oldest)
+        self.complete(oldest, stop)
+        return oldest
 
     def take(self, plan: Plan) -> None:
         """Collect a plan's tokens; tasks that failed are let go of."""
         output = self.runner.collect()
-        for sequence, tokens in zip(plan.sampling, output.tokens, strict=True):
-            self.output[sequence.task_id] += tokens
+        rows = zip(plan.sampling, output.tokens.tolist(), output.counts.tolist(), strict=True)
+        for sequence, tokens, count in rows:
+            if sequence.status is not Status.ENDED:  # else it has ended while this plan was in flight
+                self.output[sequence.task_id] += tokens[:count]
         for task_id in output.failed:
             self.core.abort(task_id, keep=False)
             self.runner.remove(task_id)

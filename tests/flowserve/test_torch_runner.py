@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.request import KvSource
 from cluster.vocabulary import TaskKind
-from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig
+from flowserve.core.sequence import Status
 from flowserve.runtime.checkpoint import make_checkpoint
 from flowserve.runtime.runner import Payload, Runner
 from flowserve.runtime.sampling import Sampling
@@ -58,17 +58,28 @@ def test_greedy_tokens_are_those_of_transformers(reference: Reference, alone: li
         {"token_budget": 37, "max_sequences": 3},
         {"block_tokens": 128, "kv_blocks": 32},
         {"prefix_cache": False},
+        {"max_in_flight": 2},
+        {"max_in_flight": 3, "token_budget": 37, "max_sequences": 3},
     ],
-    ids=["together", "small chunks", "odd chunks, few at a time", "blocks of 128", "no prefix cache"],
+    ids=[
+        "together",
+        "small chunks",
+        "odd chunks, few at a time",
+        "blocks of 128",
+        "no prefix cache",
+        "two plans in flight",
+        "three plans in flight, odd chunks, few at a time",
+    ],
 )
 def test_batched_and_chunked_is_as_alone(folder: Path, alone: list[list[int]], limits: dict[str, int]) -> None:
     """Mixed steps of chunks and decodes change no token."""
     assert serve(folder, PROMPTS, LIMIT, **limits) == alone
 
 
-def test_preempted_requests_go_on_where_they_were(folder: Path, alone: list[list[int]]) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_preempted_requests_go_on_where_they_were(folder: Path, alone: list[list[int]], in_flight: int) -> None:
     """With too few blocks, sequences are preempted and recomputed; no token is lost, repeated or changed."""
-    engine = Engine(folder, kv_blocks=26, watermark=0.0)
+    engine = Engine(folder, kv_blocks=26, watermark=0.0, max_in_flight=in_flight)
     tasks = [engine.add(prompt, LIMIT) for prompt in PROMPTS]
     engine.run()
     assert engine.core.preemptions
@@ -100,24 +111,17 @@ def test_a_retry_continues_behind_what_the_frontend_holds(folder: Path, alone: l
     engine.close()
 
 
-def test_plans_may_be_issued_ahead_of_completion(folder: Path, alone: list[list[int]]) -> None:
-    """With two plans in flight, a stop is learned late: the extra token is dropped, those before are the same."""
+def test_a_stop_is_learned_late(folder: Path, alone: list[list[int]]) -> None:
+    """With plans in flight, the token that follows a stop is dropped; those before are the same."""
     engine = Engine(folder, max_in_flight=2)
     tasks = [engine.add(prompt, LIMIT) for prompt in PROMPTS]
-    in_flight: list[Plan] = []
-    while True:
-        plan = engine.core.schedule()
-        if plan is not None:
-            engine.runner.launch(plan)
-            in_flight.append(plan)
-        if not in_flight:
-            break
-        if plan is None or len(in_flight) == 2:
-            oldest = in_flight.pop(0)
-            engine.take(oldest)
-            engine.complete(oldest, [task for task in tasks if len(engine.output[task]) == 10])
-            engine.core.check_integrity()
-    assert [engine.output[task][:10] for task in tasks] == [output[:10] for output in alone]
+    late = 0
+    while engine.core.in_flight or engine.core.num_running or engine.core.num_waiting:
+        engine.step([task for task in tasks if len(engine.output[task]) == 9])
+        engine.core.check_integrity()
+        late += sum(s.status is Status.ENDED for plan in engine.core.in_flight for s in plan.decodes)
+    assert late
+    assert [engine.output[task] for task in tasks] == [output[:10] for output in alone]
     engine.close()
 
 
@@ -126,7 +130,13 @@ def test_plans_may_be_issued_ahead_of_completion(folder: Path, alone: list[list[
 def test_any_traffic_gives_the_models_tokens(folder: Path, reference: Reference, rng: random.Random) -> None:
     """Shared prefixes, late arrivals, aborts, stops and preemptions at random: outputs are always the reference's."""
     budget = rng.choice([24, 50, 200])
-    engine = Engine(folder, kv_blocks=rng.choice([24, 60]), token_budget=budget, max_sequences=rng.choice([4, 24]))
+    engine = Engine(
+        folder,
+        kv_blocks=rng.choice([24, 60]),
+        token_budget=budget,
+        max_sequences=rng.choice([4, 24]),
+        max_in_flight=rng.choice([1, 2, 3]),
+    )
     bases = [make_prompt(seed, 120) for seed in range(3)]
     requests: dict[int, list[int]] = {}
     for _ in range(40):
@@ -210,7 +220,7 @@ def test_temperature_sampling_depends_on_the_seed_alone(folder: Path, alone: lis
     expected = single.run()[task]
     single.close()
 
-    crowd = Engine(folder, kv_blocks=26, watermark=0.0)
+    crowd = Engine(folder, kv_blocks=26, watermark=0.0, max_in_flight=2)
     others = [crowd.add(prompt, LIMIT) for prompt in PROMPTS[:6]]
     same = crowd.add(PROMPTS[6], LIMIT, sampling)
     other = crowd.add(PROMPTS[6], LIMIT, Sampling(temperature=0.8, seed=8))
@@ -243,9 +253,12 @@ def test_forced_tokens_replace_the_models(folder: Path, alone: list[list[int]], 
 # -- what goes wrong -----------------------------------------------------------------------------------------------
 
 
-def test_logits_that_are_not_numbers_fail_their_request_alone(folder: Path, alone: list[list[int]]) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_logits_that_are_not_numbers_fail_their_request_alone(
+    folder: Path, alone: list[list[int]], in_flight: int
+) -> None:
     """NaN names its task and leaves the others their tokens, even those that later get the very same blocks."""
-    engine = Engine(folder, kv_blocks=12, prefix_cache=False)
+    engine = Engine(folder, kv_blocks=12, prefix_cache=False, max_in_flight=in_flight)
     embedding = engine.runner.model.weights()["model.embed_tokens.weight"]
     seen = {token for tokens in PROMPTS[:4] + alone[:4] for token in tokens}
     poison = next(token for token in range(256) if token not in seen)
@@ -262,14 +275,17 @@ def test_logits_that_are_not_numbers_fail_their_request_alone(folder: Path, alon
     engine.close()
 
 
-def test_positions_run_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_positions_run_out(tmp_path: Path, in_flight: int) -> None:
     """A request that goes beyond the model's positions fails by name, after every token the model has a place for."""
     folder = make_checkpoint("short", msgspec.structs.replace(TINY, max_position=40), tmp_path)
-    engine = Engine(folder)
+    engine = Engine(folder, max_in_flight=in_flight)
     task = engine.add(make_prompt(0, 30), 100)
     engine.run()
     assert engine.failed == {task: "the model has only 40 positions"}
-    assert 40 - 30 < len(engine.output[task]) <= 40 - 30 + 2
+    assert len(engine.output[task]) == 40 - 30 + 1
+    with pytest.raises(ValueError, match="has 41 tokens: the model has 40 positions"):
+        engine.runner.add(99, Payload(make_prompt(0, 41), Sampling()))
     engine.close()
 
 
@@ -315,11 +331,11 @@ def test_many_tasks_and_long_ones_grow_the_block_tables(folder: Path) -> None:
     output = engine.run()
     assert output[tasks[1]] == serve(folder, [long], 9, kv_blocks=40)[0]
     assert [output[task] for task in tasks[2:]] == [serve(folder, [prompt], 9)[0] for prompt in prompts]
-    rows = len(engine.runner._tables.rows)
+    rows = engine.runner._packer.num_rows
     for prompt in prompts:
         engine.add(prompt, 2)
     engine.run()
-    assert len(engine.runner._tables.rows) == rows
+    assert engine.runner._packer.num_rows == rows
     engine.close()
 
 

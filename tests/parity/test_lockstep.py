@@ -1,6 +1,7 @@
 """A simulated engine, given the step durations and message order of a real one, schedules the same, plan by plan."""
 
 import random
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -37,66 +38,81 @@ def workload() -> list[Arrival]:
     return arrivals
 
 
-@pytest.fixture(scope="module", params=["colocated", "disaggregated"])
-def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[TurnRecord]]:
-    """The turns of two real engines, by name and role."""
-    folder = tmp_path_factory.mktemp(request.param)
+class Recorded(NamedTuple):
+    """What engines with these limits did: their turns, by name and role."""
+
+    limits: EngineConfig
+    engines: dict[str, list[TurnRecord]]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("colocated", 1), ("disaggregated", 1), ("colocated", 2), ("disaggregated", 3)],
+    ids=lambda param: f"{param[0]}, {param[1]} in flight",
+)
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Two real engines have served the workload, one plan at a time or with plans in flight."""
+    kind, in_flight = request.param
+    folder, limits = tmp_path_factory.mktemp(kind), msgspec.structs.replace(SMALL, max_in_flight=in_flight)
     groups = (
         [clusters.group(Role.COLOCATED, 2)]
-        if request.param == "colocated"
+        if kind == "colocated"
         else [clusters.group(Role.PREFILL, 1), clusters.group(Role.DECODE, 1)]
     )
-    clusters.run(clusters.real(SMALL, record=True), folder, workload(), groups, RoundRobin())
+    clusters.run(clusters.real(limits, record=True), folder, workload(), groups, RoundRobin())
     roles = [group.spec.role for group in groups for _ in range(group.initial)]
-    return {
+    turns = {
         f"te-{number}:{role}": list(read_turns(folder / f"te-{number}.turns.jsonl"))
         for number, role in enumerate(roles)
     }
+    return Recorded(limits, turns)
 
 
-def _lockstep(name: str, turns: list[TurnRecord]) -> Lockstep:
+def _lockstep(name: str, limits: EngineConfig, turns: list[TurnRecord]) -> Lockstep:
     executor, _, role = name.partition(":")
     answers = {arrival.request.request_id: arrival.answer for arrival in workload()}
     spec = clusters.group(Role(role), 1).spec
-    return Lockstep(executor, spec, SMALL, turns, answers, to_ns(clusters.REPORT_S))
+    return Lockstep(executor, spec, limits, turns, answers, to_ns(clusters.REPORT_S))
 
 
-def test_identical_schedule(recorded: dict[str, list[TurnRecord]]) -> None:
+def test_identical_schedule(recorded: Recorded) -> None:
     """Plans, prefix hits (where chunks start), preemptions and transfers come out the same in every turn."""
-    for name, turns in recorded.items():
-        lockstep = _lockstep(name, turns)
+    for name, turns in recorded.engines.items():
+        lockstep = _lockstep(name, recorded.limits, turns)
         assert lockstep.run() is None
-        assert lockstep.compared == sum(turn.plan is not None or bool(turn.messages) for turn in turns)
+        assert lockstep.compared == sum(turn.done is not None or bool(turn.messages) for turn in turns)
 
 
-def test_the_record_has_what_is_compared(recorded: dict[str, list[TurnRecord]]) -> None:
+def test_the_record_has_what_is_compared(recorded: Recorded) -> None:
     """The recorded run did hit prefixes, chunk prompts, and preempt or transfer: there was something to get wrong."""
-    turns = [turn for each in recorded.values() for turn in each]
-    chunks = [chunk for turn in turns if turn.plan is not None for chunk in turn.plan.chunks]
+    turns = [turn for each in recorded.engines.values() for turn in each]
+    chunks = [chunk for turn in turns for plan in turn.plans for chunk in plan.chunks]
     first_start: dict[int, int] = {}
     for task_id, start, _ in chunks:
         first_start.setdefault(task_id, start)
     assert any(start > 0 for start in first_start.values())
     assert len(chunks) > len(first_start)
     assert max(turn.preemptions for turn in turns) > 0
-    if any(name.endswith("decode") for name in recorded):
+    ahead = max(plan.number - turn.done for turn in turns if turn.done is not None for plan in turn.plans)
+    assert ahead == recorded.limits.max_in_flight - 1
+    if any(name.endswith("decode") for name in recorded.engines):
         assert any(turn.transfers for turn in turns)
 
 
-def test_lockstep_can_fail(recorded: dict[str, list[TurnRecord]]) -> None:
+def test_lockstep_can_fail(recorded: Recorded) -> None:
     """A record that one plan was changed in, or an engine with other limits, is found to differ."""
-    name, turns = next(iter(recorded.items()))
-    place = next(n for n, turn in enumerate(turns) if n > 20 and turn.plan is not None and turn.plan.chunks)
-    plan = turns[place].plan
-    assert plan is not None
+    name, turns = next(iter(recorded.engines.items()))
+    place = next(n for n, turn in enumerate(turns) if n > 20 and turn.plans and turn.plans[0].chunks)
+    plan = turns[place].plans[0]
     task_id, start, tokens = plan.chunks[0]
     changed = list(turns)
     changed[place] = msgspec.structs.replace(
-        turns[place], plan=msgspec.structs.replace(plan, chunks=[(task_id, start + 1, tokens), *plan.chunks[1:]])
+        turns[place],
+        plans=[msgspec.structs.replace(plan, chunks=[(task_id, start + 1, tokens), *plan.chunks[1:]])],
     )
-    difference = _lockstep(name, changed).run()
+    difference = _lockstep(name, recorded.limits, changed).run()
     assert difference is not None
-    assert (difference.turn, difference.what) == (place, "plan")
-    lockstep = _lockstep(name, turns)
-    lockstep.executor.shell.core.config = msgspec.structs.replace(SMALL, token_budget=48)
+    assert (difference.turn, difference.what) == (place, "plans")
+    lockstep = _lockstep(name, recorded.limits, turns)
+    lockstep.executor.shell.core.config = msgspec.structs.replace(recorded.limits, token_budget=48)
     assert lockstep.run() is not None

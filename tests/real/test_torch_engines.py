@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster import events as ev
@@ -45,11 +46,13 @@ def workload() -> list[Arrival]:
     return arrivals
 
 
-def run_torch(model: Path, groups: list[GroupPlan], watch: Watch | None = None, log_dir: Path | None = None) -> RealRun:
+def run_torch(
+    model: Path, groups: list[GroupPlan], watch: Watch | None = None, log_dir: Path | None = None, in_flight: int = 1
+) -> RealRun:
     run = run_real(
         workload(),
         groups=groups,
-        engine=ENGINE,
+        engine=msgspec.structs.replace(ENGINE, max_in_flight=in_flight),
         device=TorchDevice(str(model)),
         vocab=SHAPE.vocab_size,
         watch=watch,
@@ -80,16 +83,19 @@ def test_colocated_engines_serve_and_cache(colocated: RealRun) -> None:
     assert {event.executor for event in colocated.of(ev.TaskFinished)} == {"te-0", "te-1"}
 
 
-def test_disaggregated_engines_give_the_same_tokens(colocated: RealRun, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_disaggregated_engines_give_the_same_tokens(
+    colocated: RealRun, model: Path, tmp_path: Path, in_flight: int
+) -> None:
     """Prefill and decode on different engines, with the KV cache moved between them, yield the very same tokens."""
-    run = run_torch(model, PAIR, log_dir=tmp_path)
+    run = run_torch(model, PAIR, log_dir=tmp_path, in_flight=in_flight)
     assert run.outputs == colocated.outputs
     turns = list(read_turns(tmp_path / "te-1.turns.jsonl"))
     moved = {task_id: blocks for turn in turns for task_id, _, blocks in turn.transfers}
     decoded = {event.task_id: event for event in run.of(ev.TaskFinished) if event.executor == "te-1"}
     assert len(decoded) == REQUESTS
     assert set(moved) <= set(decoded)
-    assert all(turn.plan is None or not turn.plan.chunks for turn in turns), "the decode engine computed a prompt"
+    assert not any(plan.chunks for turn in turns for plan in turn.plans), "the decode engine computed a prompt"
     prompts = {arrival.request.request_id: arrival.request.prompt_tokens for arrival in workload()}
     for task_id, event in decoded.items():
         # What was not cached there was moved, to the block.
@@ -107,8 +113,10 @@ def test_disaggregated_engines_give_the_same_tokens(colocated: RealRun, model: P
     ],
 )
 def test_a_killed_engine_costs_no_token(colocated: RealRun, model: Path, groups: list[GroupPlan], watch: Watch) -> None:
-    """After kill -9 of an engine in mid-run, prompts and tokens so far are computed again, to the same result."""
-    run = run_torch(model, groups, watch)
+    """After kill -9 of an engine in mid-run, with plans in flight, prompts and tokens so far are computed again, to the
+    same result as without.
+    """
+    run = run_torch(model, groups, watch, in_flight=2)
     assert [event.executor for event in run.of(ev.ExecutorFailed)] == ["te-1"]
     assert {event.executor for event in run.of(ev.TaskFailed)} == {"te-1"}
     assert len(run.launches) == 3
