@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-REDUNDANT = ("rotary_emb.inv_freq", "lm_head.weight")
-"""Ends of names that some checkpoints carry though the model has no place for them: a buffer that follows from the
-configuration, and the output matrix of a model that takes its embedding for it.
-"""
+RECOMPUTED = "rotary_emb.inv_freq"
+"""Old checkpoints carry this buffer, which follows from the configuration."""
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+"""The output matrix, and the embedding that some models take for it: they may be stored both, if they are equal."""
 
 
 def load_weights(folder: Path, weights: dict[str, Tensor]) -> None:
@@ -29,7 +29,11 @@ def load_weights(folder: Path, weights: dict[str, Tensor]) -> None:
         for name in [name for name in weights if name not in where]:
             raise ValueError(f"{folder}: tensor {name} is missing, it is in none of {listed}")
         for name in [name for name in where if name not in weights]:
-            if not name.endswith(REDUNDANT):
+            if name == TIED[0]:
+                head, embedding = (files[where[each]].get_tensor(each) for each in TIED)
+                if not torch.equal(head, embedding):
+                    raise ValueError(f"{folder / where[name]}: config.json ties {name} to {TIED[1]}, but they differ")
+            elif not name.endswith(RECOMPUTED):
                 raise ValueError(f"{folder / where[name]}: tensor {name} is unexpected, the model has no place for it")
             del where[name]
         for name, file in where.items():

@@ -21,6 +21,8 @@ from flowserve.ops.step import StepContext
 BLOCK_MULTIPLE = 256
 """Tokens: the paged kernel loads whole tiles of keys from one block."""
 MAX_HEAD_SIZE = 256
+ROW_MULTIPLE = 8
+"""16-bit values: grouped multiplication asks for rows of a multiple of 16 bytes."""
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -98,6 +100,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    x.copy_(rms_norm(x, weight, eps))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     fused(_rotate)(x, cos, sin)
 
@@ -105,6 +111,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def swiglu(x: Tensor) -> Tensor:
     out: Tensor = fused(_swiglu)(x)
     return out
+
+
+def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Tokens sorted by expert, all experts in one grouped multiplication; how many rows each has stays on the device.
+
+    Raises ValueError for sizes that its kernel does not take.
+    """
+    (_, size, hidden), (tokens, count) = down.shape, chosen.shape
+    if size % ROW_MULTIPLE or hidden % ROW_MULTIPLE:
+        raise ValueError(
+            f"experts are of {hidden} x {size}: grouped multiplication on cuda takes multiples of {ROW_MULTIPLE}"
+        )
+    expert, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(len(down), device=x.device), right=True, out_int32=True)
+    inner = swiglu(F.grouped_mm(x.index_select(0, order // count), gate_up, offs=ends))
+    out = F.grouped_mm(inner, down, offs=ends)
+    by_token = torch.empty_like(out).index_copy_(0, order, out)
+    return torch.bmm(weights[:, None], by_token.view(tokens, count, -1))[:, 0]
 
 
 def store_kv(kv: Tensor, cache: LayerCache, step: StepContext) -> None:

@@ -1,8 +1,5 @@
 """How the tokens of a request are drawn and where its output ends: what a client may ask for."""
 
-import json
-from pathlib import Path
-
 import msgspec
 
 MAX_LOGPROBS = 20
@@ -80,13 +77,3 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     def penalises(self) -> bool:
         """Logits depend on the tokens so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
-    """The end-of-sequence tokens of a Hugging Face model folder: of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (model_dir / name).is_file():
-            found = json.loads((model_dir / name).read_text()).get("eos_token_id")
-            if found is not None:
-                return (found,) if isinstance(found, int) else tuple(found)
-    return ()

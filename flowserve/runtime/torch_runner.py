@@ -24,7 +24,7 @@ from flowserve.runtime.kv_pool import KvPool
 from flowserve.runtime.packing import PackedStep, Packer
 from flowserve.runtime.runner import KvHandle, Payload, StepOutput, TokenLogprobs
 from flowserve.runtime.sampler import Logprobs, Sampled, Sampler
-from flowserve.runtime.sampling import Sampling, eos_token_ids
+from flowserve.runtime.sampling import Sampling
 
 WARM_UP_TOKENS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +77,7 @@ class TorchRunner:
         self._packer = Packer(engine_config.block_tokens)
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._sampler = Sampler(self.model.vocab_size, self._device, self._ops)
-        self.eos = eos_token_ids(Path(model_dir))
+        self.eos = self.model.eos_token_ids
         self._changes: list[Callable[[], object]] = []  # in the sampler's rows, made when the next step computes
         self._launched: deque[_Launched] = deque()
         self._leaving: deque[tuple[_Launched, int]] = deque()

@@ -253,13 +253,15 @@ def test_old_checkpoints_with_inverse_frequencies_load(copy: Path) -> None:
     load_float32(copy)
 
 
-def test_an_output_matrix_beside_tied_embeddings_is_not_used(copy: Path) -> None:
-    """Some checkpoints store the embedding twice though the configuration ties them."""
+def test_an_output_matrix_beside_tied_embeddings_must_be_equal(copy: Path) -> None:
+    """Some checkpoints store the embedding twice though the configuration ties them; two different ones are refused."""
     edit_config(copy, tie_word_embeddings=True)
-    assert "lm_head.weight" in load_file(copy / "model.safetensors")
-    model, tokens = load_float32(copy), make_prompt(4, 20)
-    edit_weights(copy, lambda w: w.pop("lm_head.weight"))
-    torch.testing.assert_close(packed_logits(model, tokens, [20]), Reference(copy).logits(tokens), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"ties lm_head.weight to model.embed_tokens.weight, but they differ"):
+        load_float32(copy)
+    edit_weights(copy, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    tokens = make_prompt(4, 20)
+    logits = packed_logits(load_float32(copy), tokens, [20])
+    torch.testing.assert_close(logits, Reference(copy).logits(tokens), atol=1e-4, rtol=0)
 
 
 def test_files_that_are_not_there_or_not_readable(copy: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("tiny", TINY, tmp_path_factory.mktemp("models"))
+    """Of the family that uses every operator."""
+    mixture = {"family": "qwen3_moe", "num_experts": 6, "experts_per_token": 2, "expert_size": 40}
+    return make_checkpoint("tiny", msgspec.structs.replace(TINY, **mixture), tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -126,16 +129,31 @@ def test_float32_is_refused() -> None:
     "operator",
     [
         lambda o, x: o.rms_norm(x, torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype), 1e-5),
+        lambda o, x: (o.norm_heads(y := x.clone().view(9, 8, 8)[:, 2:5], torch.linspace(0.5, 1.5, 8), 1e-5), y)[1],
         lambda o, x: o.swiglu(x),
         lambda o, x: (o.rotate(y := x.view(9, 4, 16).clone(), *rotation()), y)[1],
     ],
-    ids=["rms_norm", "swiglu", "rotate"],
+    ids=["rms_norm", "norm_heads", "swiglu", "rotate"],
 )
 def test_element_wise_operators(operator: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers as the reference's."""
     monkeypatch.setattr(cuda, "fused", lambda function: function)
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(operator(cuda, x), operator(ops.load("cpu"), x))
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [(1, 1), (1, 3), (7, 2), (40, 8)])
+def test_experts(tokens: int, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped multiplication gives the reference's numbers, also where experts are left out; odd sizes are refused."""
+    monkeypatch.setattr(cuda, "fused", lambda function: function)
+    generator = torch.Generator().manual_seed(tokens)
+    x, gate_up, down = (torch.randn(shape, generator=generator) for shape in ((tokens, 16), (8, 16, 48), (8, 24, 16)))
+    weights = torch.rand((tokens, chosen), generator=generator)
+    experts = torch.rand((tokens, 8), generator=generator).argsort(-1)[:, :chosen]
+    expected = ops.load("cpu").experts(x, weights, experts, gate_up, down)
+    torch.testing.assert_close(cuda.experts(x, weights, experts, gate_up, down), expected)
+    with pytest.raises(ValueError, match="experts are of 16 x 20: grouped multiplication on cuda takes multiples of 8"):
+        cuda.experts(x, weights, experts, gate_up[..., :40], down[:, :20])
 
 
 def rotation() -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """What a client may ask of sampling, and how what it may not is refused."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,7 +7,7 @@ import pytest
 
 from cluster.request import Answer
 from flowserve.runtime.runner import Payload
-from flowserve.runtime.sampling import Sampling, eos_token_ids
+from flowserve.runtime.sampling import Sampling
 
 
 @pytest.mark.parametrize(
@@ -71,14 +69,3 @@ def test_what_ends_an_output() -> None:
     assert Payload([1], sampling).ends((2, 3)) == {2, 3, 7}
     assert Payload([1], msgspec.structs.replace(sampling, ignore_eos=True)).ends((2, 3)) == {7}
     assert Payload([1], sampling, Answer(5)).ends((2, 3)) == frozenset()
-
-
-def test_a_models_end_of_sequence_tokens(tmp_path: Path) -> None:
-    """generation_config.json comes first, one id or several; a model may have none."""
-    assert eos_token_ids(tmp_path) == ()
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
-    assert eos_token_ids(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 1.0}))
-    assert eos_token_ids(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert eos_token_ids(tmp_path) == (5, 6)
