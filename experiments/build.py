@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run: workload, control plane, cluster."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
 from experiments.config import build, plain, typed
+from flowserve.core.record import StepSpan, read_turns, spans
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware, ModelShape
@@ -102,6 +103,7 @@ class SimSettings(msgspec.Struct, frozen=True):
 
     report_period_s: float
     coalesce: bool
+    record: bool
 
 
 class RealSettings(msgspec.Struct, frozen=True):
@@ -341,7 +343,18 @@ def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
         typed(backend.delays, Delays, "backend.delays"),
         typed(backend.failures, tuple[Failure, ...], "backend.failures"),
         backend.coalesce,
+        backend.record,
     )
+
+
+def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
+    """What the engines of a run computed when, as far as `backend.record` had it recorded."""
+    from sim.cluster import SimCluster
+
+    if isinstance(cluster, SimCluster):
+        yield from cluster.steps
+    for path in sorted((folder / "engines").glob("*.turns.jsonl")):
+        yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
 
 
 def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Cluster:

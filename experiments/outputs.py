@@ -14,7 +14,7 @@ The summary is written last: a folder that has one is complete. Times are counte
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ import numpy as np
 
 from cluster.metrics import NONE, Recorder, RequestTable, Slo, Window
 from cluster.vocabulary import NS_PER_S, Outcome, Stage
+from flowserve.core.record import StepSpan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +41,9 @@ _STAGES = frozenset(str(stage) for stage in Stage)
 
 TIMELINE_REQUESTS = 20_000
 TIMELINE_COUNTERS = 50_000
-"""The timeline shows the first so many requests, and thins load reports out to so many: viewers choke on more."""
+TIMELINE_STEPS = 200_000
+"""The timeline shows the first so many requests and engine steps, and thins load reports out to so many: viewers choke
+on more."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,10 @@ def write_run(
     provenance: Mapping[str, Any],
     slo: Slo,
     window: Window,
+    steps: Iterable[StepSpan] = (),
 ) -> None:
-    """Write all files of a finished run. `summary`: the metrics, as `cluster.metrics.summarise` gives them.
+    """Write all files of a finished run. `summary`: the metrics, as `cluster.metrics.summarise` gives them. `steps`: of
+    the engines, in order of each, for the timeline.
 
     `provenance` may say anything that JSON can; the report looks for these keys, all optional: `backend` (sim or
     real), `basis` (what the times rest on, as "kind: source" or a list of such; kinds are measured, published, derived,
@@ -74,7 +79,7 @@ def write_run(
     _write_table(folder / "requests.parquet", _request_columns(recorder, slo, window))
     _write_table(folder / "executors.parquet", _executor_columns(recorder))
     _write_table(folder / "scaling.parquet", _scaling_columns(recorder))
-    _write_timeline(folder / "timeline.json", recorder)
+    _write_timeline(folder / "timeline.json", recorder, steps)
     _write_json(
         folder / "summary.json",
         {
@@ -261,7 +266,7 @@ def _plain(value: Any) -> Any:
 # -- timeline -----------------------------------------------------------------------------------------------------
 
 
-def _write_timeline(path: Path, recorder: Recorder) -> None:
+def _write_timeline(path: Path, recorder: Recorder, steps: Iterable[StepSpan]) -> None:
     """Trace events as Chrome and Perfetto read them: a process per executor, with its life, its load, its requests."""
     names = dict.fromkeys(executor for _, executor, _, _ in recorder.scaling)
     names |= dict.fromkeys(load.executor for load in recorder.loads)
@@ -277,7 +282,8 @@ def _write_timeline(path: Path, recorder: Recorder) -> None:
     with path.open("wb") as out:
         out.write(b'{"displayTimeUnit":"ms","otherData":' + encode(other) + b',"traceEvents":[\n')
         separator = b""
-        for part in (_names(pids), _life(recorder, pids), _counters(recorder, pids), _requests(recorder, pids)):
+        parts = (_names(pids), _life(recorder, pids), _steps(steps, pids))
+        for part in (*parts, _counters(recorder, pids), _requests(recorder, pids)):
             for event in part:
                 out.write(separator + encode(event))
                 separator = b",\n"
@@ -290,6 +296,7 @@ def _names(pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": shown}}
         yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
         yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": 1, "args": {"name": "life"}}
+        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": 2, "args": {"name": "steps"}}
 
 
 def _life(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
@@ -311,6 +318,27 @@ def _life(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any
     for start, end, name, executor in sorted(spans, key=lambda span: (span[0], -span[1])):  # the outer one first
         where = {"pid": pids[executor], "tid": 1, "cat": "life"}
         yield {"ph": "X", "name": name, "ts": start / 1e3, "dur": (end - start) / 1e3, **where}
+
+
+def _steps(steps: Iterable[StepSpan], pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """What each engine computed: a span per step, or for as many steps as only went on decoding one batch."""
+    for number, step in enumerate(steps):
+        if number == TIMELINE_STEPS:
+            return
+        shape = step.shape
+        parts = [f"{shape.prefill_tokens} prompt tokens"] if shape.prefill_tokens else []
+        parts += [f"{shape.decode_sequences} decodes"] if shape.decode_sequences else []
+        args = {"steps": step.steps, **shape._asdict()}
+        times = {"ts": step.start_ns / 1e3, "dur": (step.end_ns - step.start_ns) / 1e3}
+        yield {
+            "ph": "X",
+            "name": " + ".join(parts),
+            "cat": "step",
+            "pid": pids.get(step.executor, pids[""]),
+            "tid": 2,
+            **times,
+            "args": args,
+        }
 
 
 def _counters(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:

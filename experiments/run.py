@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from cluster.seam import Cluster
 from experiments import build
 from experiments.config import plain
 from experiments.progress import ProgressBar
+from flowserve.core.record import StepSpan
 
 _TICK = 512
 
@@ -60,7 +62,7 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    _write(folder, cfg, recorder, summary, workload, slo, window)
+    _write(folder, cfg, recorder, summary, workload, slo, window, build.steps(cluster, folder))
     return RunResult(folder, summary, recorder, interrupted, workload.source)
 
 
@@ -89,11 +91,18 @@ def drive(control: ControlPlane, cluster: Cluster, bar: ProgressBar, simulated: 
 
 
 def _write(
-    folder: Path, cfg: DictConfig, recorder: Recorder, summary: Any, workload: Any, slo: Any, window: Any
+    folder: Path,
+    cfg: DictConfig,
+    recorder: Recorder,
+    summary: Any,
+    workload: Any,
+    slo: Any,
+    window: Any,
+    steps: Iterable[StepSpan],
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, provenance(cfg, workload), slo, window)
+    write_run(folder, recorder, summary, provenance(cfg, workload), slo, window, steps)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 

@@ -28,6 +28,7 @@ from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core.messages import Abort, Dispatch, Drain, KvFetched, KvOffered, KvRequested, Message, PeerLost
 from flowserve.core.outbox import Outbox, Transfer
+from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.transfer import contiguous_runs
@@ -81,7 +82,8 @@ class SimCluster(Cluster):
     """Executors in simulated time.
 
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
-    `coalesce`: advance decode steps that nothing can change in one event (the result is the same without).
+    `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
+    keep what every executor computed when, in `steps`.
     """
 
     def __init__(
@@ -92,7 +94,10 @@ class SimCluster(Cluster):
         delays: Delays | None = None,
         failures: Sequence[Failure] = (),
         coalesce: bool = True,
+        record: bool = False,
     ) -> None:
+        self.steps: list[StepSpan] = []
+        self._record = self.steps.append if record else None
         self.env = simpy.Environment()
         self.executors: dict[str, SimExecutor] = {}
         self._node_for = node_for
@@ -214,6 +219,7 @@ class SimCluster(Cluster):
             self._coalesce,
             len(self._links),
             partial(self._slowdown, action.executor, node.contention) if node.contention else None,
+            self._record,
         )
         self._emit(
             ev.ExecutorReady(

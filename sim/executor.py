@@ -18,6 +18,7 @@ from cluster.request import Answer
 from flowserve.core.messages import Dispatch, Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
+from flowserve.core.record import StepSpan
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.task_executor import TaskExecutor
 
@@ -45,6 +46,7 @@ class _StepEnd(simpy.Event):
 class SimExecutor:
     """Runs one shell in simulated time. `answers` is the sampler's side: how long each request's output really is.
     `slowdown`: by what a step's time is multiplied when it starts; with it, every step is an event of its own.
+    `record`: told of every segment when it is over.
 
     `number`: the executor's own, by which ties in time are broken.
     """
@@ -59,6 +61,7 @@ class SimExecutor:
         coalesce: bool = True,
         number: int = 0,
         slowdown: Callable[[], float] | None = None,
+        record: Callable[[StepSpan], None] | None = None,
     ) -> None:
         self.shell = shell
         self.dead = False
@@ -69,6 +72,8 @@ class SimExecutor:
         self._deliver = deliver
         self._coalesce = coalesce
         self._slowdown = slowdown
+        self._record = record
+        self._since = 0
         self._number = number
         self._inbox: list[Message] = []
         self._timer: simpy.Event | None = None
@@ -99,6 +104,7 @@ class SimExecutor:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
         ended = bisect_right(self._ends, self._env.now)
         if ended and ended < len(self._ends):
+            self._write_down(ended)
             self.shell.advance(self._ends[:ended])
             self.steps += ended
             del self._ends[:ended]
@@ -129,7 +135,7 @@ class SimExecutor:
         end = now + latency.step_ns(shape)
         if self._slowdown is not None:
             end = now + round((end - now) * self._slowdown())
-        self._ends = [end]
+        self._ends, self._since = [end], now
         if plan.decodes is not self._batch:
             self._find_stops(plan)
         if self._coalesce and self._slowdown is None and not plan.chunks:
@@ -152,6 +158,7 @@ class SimExecutor:
             return  # the segment was cut, or the executor is dead
         now, shell = int(self._env.now), self.shell
         if shell.core.in_flight:
+            self._write_down(len(self._ends))
             if len(self._ends) > 1:
                 shell.advance(self._ends[:-1])
                 self.steps += len(self._ends) - 1
@@ -162,6 +169,13 @@ class SimExecutor:
         else:
             shell.report(now)
         self._next_step()
+
+    def _write_down(self, steps: int) -> None:
+        """The first `steps` of the segment are over."""
+        if self._record is not None:
+            shape = self.shell.core.in_flight[0].shape
+            self._record(StepSpan(self.shell.shell.name, self._since, self._ends[steps - 1], steps, shape))
+            self._since = self._ends[steps - 1]
 
     # -- the sampler's side ---------------------------------------------------------------------------------------
 

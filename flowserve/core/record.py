@@ -1,7 +1,9 @@
 """What an engine did, turn by turn: the record that lets a simulator be held against a real engine, plan by plan."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -49,3 +51,27 @@ def read_turns(path: Path) -> Iterator[TurnRecord]:
     with path.open("rb") as file:
         for line in file:
             yield decode(line)
+
+
+class StepSpan(NamedTuple):
+    """What an engine computed between two times, in ns of the run: `steps` of them on end where only decodes went on,
+    the first of `shape`.
+    """
+
+    executor: str
+    start_ns: int
+    end_ns: int
+    steps: int
+    shape: StepShape
+
+
+def spans(executor: str, turns: Iterable[TurnRecord]) -> Iterator[StepSpan]:
+    """The steps that an engine's turns tell of: from launch, or the end of the step before it, to having its tokens."""
+    launched: deque[tuple[int, StepShape]] = deque()
+    free = 0
+    for turn in turns:
+        launched.extend((turn.start_ns, plan.shape) for plan in turn.plans)
+        if turn.done is not None:
+            start, shape = launched.popleft()
+            yield StepSpan(executor, max(start, free), turn.end_ns, 1, shape)
+            free = turn.end_ns
