@@ -21,6 +21,7 @@ from cluster.vocabulary import ExecutorSpec, Role
 from experiments.config import build, plain, typed
 from flowserve.core.record import StepSpan, read_turns, spans
 from flowserve.core.scheduler import EngineConfig
+from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware, ModelShape
 
@@ -314,12 +315,13 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     def node_for(spec: ExecutorSpec) -> Node:
         if spec not in nodes:
             model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
+            engine = engine_config(cfg, spec.npus)
             nodes[spec] = Node(
-                engine=engine_config(cfg, spec.npus),
+                engine=engine,
                 latency=lambda: model,
                 stages=stages,
                 kv_bytes_per_token=shape.kv_bytes_per_token,
-                kv_segments=2 * shape.layers,
+                kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 contention=hardware.contention,
                 link=lambda: Link(
                     hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s

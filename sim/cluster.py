@@ -53,9 +53,8 @@ class Delays(msgspec.Struct, frozen=True):
 class Node(msgspec.Struct, frozen=True):
     """What stands behind one kind of executor: engine limits, latency model, start-up stages, KV cache link.
 
-    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over (layers x 2 where each layer
-    keeps its K and V by itself, 1 where a block holds all layers: FlowKV section 3). `contention`: as in `Hardware`;
-    with it every step is an event of its own.
+    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
+    `contention`: as in `Hardware`; with it every step is an event of its own.
     """
 
     engine: EngineConfig

@@ -21,7 +21,7 @@ from flowserve.core.allocator import AllocatorKind
 from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult
 from flowserve.core.rtc import Rtc
 from flowserve.core.sequence import DecodeClock, Sequence, Status
-from flowserve.core.transfer import runs_from
+from flowserve.core.transfer import KvLayout, runs_from
 
 T = TypeVar("T")
 
@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ones. `max_in_flight`: plans issued ahead of the oldest incomplete one, it included (1: synchronous). `allocator`:
     which free blocks a sequence gets, see `flowserve.core.allocator`. `evict_share`: share of blocks evicted from the
     prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
+    `kv_layout`: order of the KV cache in memory, which must be the same in engines that exchange it.
 
     `order`, `victim`, `eviction`, `chunking`: policies of `cluster.engine_policy`, None for its base class.
     """
@@ -47,6 +48,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     allocator: AllocatorKind = "segment"
     evict_share: float = 0.03
+    kv_layout: KvLayout = "layer_major"
     order: PolicySpec | None = None
     victim: PolicySpec | None = None
     eviction: PolicySpec | None = None

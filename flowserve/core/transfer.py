@@ -1,7 +1,18 @@
-"""How KV cache blocks are grouped into few large copies when they move between engines."""
+"""How KV cache blocks lie in memory, and are grouped into few large copies when they move between engines."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
+
+KvLayout = Literal["layer_major", "block_major"]
+"""(layers, 2, blocks, ...): each layer has its keys, and its values, of all blocks together; (blocks, layers, 2, ...):
+each block has all its layers together (FlowKV, arXiv 2504.03775, section 3).
+"""
+
+
+def pieces_per_run(layout: KvLayout, layers: int) -> int:
+    """Pieces of memory over which a run of consecutive blocks is scattered."""
+    return 1 if layout == "block_major" else 2 * layers
 
 
 def run_lengths(blocks: Sequence[int]) -> list[int]:

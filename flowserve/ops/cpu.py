@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,15 +25,23 @@ what is saved. In bfloat16 it always pays, because a plain matrix is reordered i
 
 
 class LayerCache(NamedTuple):
-    """Two views of one layer's KV cache, [2, slots, K * D] and [2, blocks, block_tokens * K * D], and K."""
+    """The KV cache from this layer's first keys on, as rows: one token's keys or values [rows, K * D], and one block's
+    [rows, block_tokens * K * D].
 
-    by_slot: Tensor
-    by_block: Tensor
+    In block rows: the keys of block b are at `b * stride`, its values `to_values` further, whatever the layout.
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+    stride: int
+    to_values: int
     kv_heads: int
 
 
 class _Chunk(NamedTuple):
-    """A prompt chunk. `blocks` int64 [n] and `mask` [count, context]: None where it starts at position 0."""
+    """A prompt chunk. `blocks` int32 [2n], rows of keys, then of values, and `mask` [count, context]: None where it
+    starts at position 0.
+    """
 
     rows: slice
     context: int
@@ -41,9 +50,9 @@ class _Chunk(NamedTuple):
 
 
 class _Decodes(NamedTuple):
-    """Decodes of similar length. `blocks` int32 [B * width], `mask` [B, 1, 1, width * block_tokens], `gathered` [2, B *
-    width, block_tokens * K * D]: where their KV cache is gathered layer by layer, and how attention looks at it: `key`,
-    `value` [B, K, width * block_tokens, D].
+    """Decodes of similar length. `blocks` int32 [2 * B * width], rows of keys, then of values, `mask` [B, 1, 1, width *
+    block_tokens], `gathered` [2 * B * width, block_tokens * K * D]: where their KV cache is gathered layer by layer,
+    and how attention looks at it: `key`, `value` [B, K, width * block_tokens, D].
     """
 
     rows: slice
@@ -55,27 +64,35 @@ class _Decodes(NamedTuple):
 
 
 class _Prepared(NamedTuple):
+    """`slots` int64 [2T]: rows of each token's keys and values, in turn."""
+
+    slots: Tensor
     chunks: list[_Chunk]
     decodes: list[_Decodes]
 
 
 def layer_caches(kv: Tensor) -> list[LayerCache]:
     layers, _, blocks, block_tokens, heads, size = kv.shape
-    by_slot = kv.view(layers, 2, blocks * block_tokens, heads * size)
-    by_block = kv.view(layers, 2, blocks, block_tokens * heads * size)
-    return [LayerCache(by_slot[layer], by_block[layer], heads) for layer in range(layers)]
+    block_size = block_tokens * heads * size
+    layer_rows, to_values, stride = (kv.stride(axis) // block_size for axis in range(3))
+    tokens = kv.as_strided((2 * layers * blocks * block_tokens, heads * size), (heads * size, 1))
+    rows = kv.as_strided((2 * layers * blocks, block_size), (block_size, 1))
+    return [
+        LayerCache(tokens[first * block_tokens :], rows[first:], stride, to_values, heads)
+        for first in range(0, layers * layer_rows, layer_rows)
+    ]
 
 
 def prepare(step: StepContext) -> _Prepared:
     cache: LayerCache = step.caches[0]
-    dtype, block_size = cache.by_block.dtype, cache.by_block.shape[2]
+    dtype, block_size = cache.blocks.dtype, cache.blocks.shape[1]
     ends = step.starts + step.counts
     chunks, row = [], 0
     for index in range(step.num_chunks):
         start, count, context = int(step.starts[index]), int(step.counts[index]), int(ends[index])
         blocks = mask = None
         if start:
-            blocks = torch.from_numpy(step.block_tables[index, : -(-context // step.block_tokens)])
+            blocks = _rows(cache, step.block_tables[index, : -(-context // step.block_tokens)])
             mask = torch.full((count, context), -math.inf, dtype=dtype).triu_(start + 1)
         chunks.append(_Chunk(slice(row, row + count), context, blocks, mask))
         row += count
@@ -87,14 +104,14 @@ def prepare(step: StepContext) -> _Prepared:
         memory = torch.empty(2 * most * block_size, dtype=dtype)
     for start, end, width in groups:
         batch, first = end - start, step.num_chunks + start
-        blocks = torch.from_numpy(step.block_tables[first : first + batch, :width].reshape(-1))
+        blocks = _rows(cache, step.block_tables[first : first + batch, :width].reshape(-1))
         outside = np.arange(width * step.block_tokens) >= lengths[start:end, None]
         mask = torch.from_numpy(np.where(outside, np.float32(-np.inf), np.float32(0)))[:, None, None].to(dtype)
-        gathered = memory[: 2 * batch * width * block_size].view(2, batch * width, block_size)
+        gathered = memory[: 2 * batch * width * block_size].view(2 * batch * width, block_size)
         shape = (2, batch, width * step.block_tokens, cache.kv_heads, block_size // step.block_tokens // cache.kv_heads)
         key, value = gathered.view(shape).transpose(2, 3)
         decodes.append(_Decodes(slice(row + start, row + end), blocks, mask, gathered, key, value))
-    return _Prepared(chunks, decodes)
+    return _Prepared(_slots(cache, step), chunks, decodes)
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -160,8 +177,10 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: T
 
 
 def store_kv(kv: Tensor, cache: LayerCache, step: StepContext) -> None:
+    prepared = step.prepared
+    assert isinstance(prepared, _Prepared)
     tokens, heads, size = kv.shape
-    cache.by_slot.index_copy_(1, step.slot_mapping, kv.view(tokens, 2, heads // 2 * size).transpose(0, 1))
+    cache.tokens.index_copy_(0, prepared.slots, kv.reshape(2 * tokens, heads // 2 * size))
 
 
 def attention(query: Tensor, kv: Tensor, cache: LayerCache, step: StepContext) -> Tensor:
@@ -178,13 +197,26 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
+def _rows(cache: LayerCache, blocks: npt.NDArray[np.int32]) -> Tensor:
+    """Rows of the blocks' keys, then of their values."""
+    keys = torch.from_numpy(blocks) * cache.stride
+    return torch.cat((keys, keys + cache.to_values))
+
+
+def _slots(cache: LayerCache, step: StepContext) -> Tensor:
+    keys = step.slot_mapping
+    if cache.stride > 1:
+        keys = keys + keys // step.block_tokens * ((cache.stride - 1) * step.block_tokens)
+    return torch.stack((keys, keys + cache.to_values * step.block_tokens), 1).view(-1)
+
+
 def _attend_chunk(query: Tensor, kv: Tensor, cache: LayerCache, chunk: _Chunk) -> Tensor:
     """[count, H, D]. From position 0 on, the chunk's own keys and values are all there is: the cache is not read."""
     (count, heads, size), kv_heads = query.shape, cache.kv_heads
     if chunk.blocks is None:
         key, value = kv[:, :kv_heads], kv[:, kv_heads:]
     else:
-        gathered = cache.by_block.index_select(1, chunk.blocks).view(2, -1, kv_heads, size)[:, : chunk.context]
+        gathered = cache.blocks.index_select(0, chunk.blocks).view(2, -1, kv_heads, size)[:, : chunk.context]
         key, value = gathered.unbind(0)
     # KV heads stand in as the batch, with their query heads as heads that share one cache (expanded, not copied).
     shared = (kv_heads, heads // kv_heads, chunk.context, size)
@@ -201,7 +233,7 @@ def _attend_chunk(query: Tensor, kv: Tensor, cache: LayerCache, chunk: _Chunk) -
 def _attend_decodes(query: Tensor, cache: LayerCache, group: _Decodes) -> Tensor:
     """[B, H, D]. The query heads of one KV head stand in as queries of one sequence, so its cache is read once."""
     batch, heads, size = query.shape
-    torch.index_select(cache.by_block, 1, group.blocks, out=group.gathered)
+    torch.index_select(cache.blocks, 0, group.blocks, out=group.gathered)
     shared = query.view(batch, cache.kv_heads, -1, size)
     out = F.scaled_dot_product_attention(shared, group.key, group.value, attn_mask=group.mask)
     return out.reshape(batch, heads, size)

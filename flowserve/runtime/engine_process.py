@@ -140,6 +140,9 @@ class EngineLoop:
         for task_id in outbox.forgotten:
             self._runner.remove(task_id)
             self._intake.forget(task_id, in_flight[-1].number if in_flight else None)
+        for _, message in outbox.peers:
+            if isinstance(message, KvOffered) and message.blocks is not None:
+                self._runner.stage(message.blocks)
         if taken.tokens is not None or outbox.events or outbox.peers:
             output = wire.Output(taken.tokens, outbox.events, outbox.peers, taken.logprobs, taken.ended)
             self._socket.send(wire.encode(output))

@@ -114,6 +114,9 @@ class NullRunner:
     def kv_handle(self) -> KvHandle | None:
         return None
 
+    def stage(self, blocks: list[int]) -> None:
+        return
+
     def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
         return 0
 

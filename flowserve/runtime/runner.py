@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from cluster.request import Answer
 from flowserve.core.plan import Plan
+from flowserve.core.transfer import KvLayout
 from flowserve.runtime.sampling import Sampling
 
 
@@ -43,12 +44,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class KvHandle(msgspec.Struct, frozen=True):
     """How another process reads this engine's KV cache: a file to map, and the layout of what is in it.
 
-    `shape`: (layers, 2, blocks, block_tokens, kv_heads, head_dim).
+    `shape`: (layers, 2, blocks, block_tokens, kv_heads, head_dim), whatever the order in memory, which `layout` says.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
+    layout: KvLayout
 
 
 class StepOutput(NamedTuple):
@@ -101,8 +103,12 @@ class Runner(Protocol):
         """Where peers find the KV cache; None where there is nothing to move."""
         ...
 
+    def stage(self, blocks: list[int]) -> None:
+        """Peers are about to read these blocks: bring them where they can, if they cannot read the device's memory."""
+        ...
+
     def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
-        """Copy a peer's KV cache blocks into ours, block for block; returns the number of contiguous runs moved.
+        """Copy a peer's KV cache blocks into ours, block for block; returns the number of copies it took.
 
         Raises OSError where the peer's KV cache is gone.
         """

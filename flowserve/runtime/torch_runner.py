@@ -72,6 +72,8 @@ class TorchRunner:
             self.model.num_kv_heads,
             self.model.head_dim,
             DTYPES[dtype],
+            engine_config.kv_layout,
+            self._device,
         )
         self._caches = self._ops.layer_caches(self.pool.tensor)
         self._packer = Packer(engine_config.block_tokens)
@@ -175,10 +177,14 @@ class TorchRunner:
     def kv_handle(self) -> KvHandle | None:
         return self.pool.handle
 
+    def stage(self, blocks: list[int]) -> None:
+        self.pool.stage(blocks)
+
     def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
         """Also raises ValueError where the peer's layout is not ours."""
         if source is None:
             raise FileNotFoundError("the peer offers no KV cache to read")
+        self._packer.unclean.difference_update(blocks)  # overwritten as a whole, with what is clean at its source
         return self.pool.copy_blocks(self.pool.peer(source), source_blocks, blocks)
 
     def close(self) -> None:

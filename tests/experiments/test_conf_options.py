@@ -168,3 +168,14 @@ def test_defaults_are_the_first_example() -> None:
     assert sum(group.initial for group in build.groups(cfg)) == 4
     (job_executor,) = build.control_plane(cfg, [], Recorder()).job_executors
     assert isinstance(job_executor.policy, LeastOutstanding)
+
+
+def test_the_kv_layout_says_how_many_calls_a_transfer_takes() -> None:
+    """One setting orders the engine's memory and sets the pieces of a simulated transfer: 64, or 1 for Llama 3 8B."""
+    pieces = {}
+    for layout in ("layer_major", "block_major"):
+        cfg = compose(["fleet=pd_1p1d", f"engine.kv_layout={layout}"])
+        node = build.sim_node(cfg)(build.groups(cfg)[0].spec)
+        assert node.engine.kv_layout == layout
+        pieces[layout] = node.kv_segments
+    assert pieces == {"layer_major": 64, "block_major": 1}

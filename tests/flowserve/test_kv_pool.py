@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from flowserve.core.transfer import KvLayout, contiguous_runs
 from flowserve.runtime.kv_pool import KvPool
 from flowserve.runtime.runner import KvHandle
 
@@ -27,8 +28,18 @@ for line in sys.stdin:
 """
 
 
-def make_pool(blocks: int = 6, layers: int = 2, dtype: torch.dtype = torch.float32) -> KvPool:
-    return KvPool(layers, blocks, 16, 2, 4, dtype)
+LAYOUTS: tuple[KvLayout, ...] = ("layer_major", "block_major")
+
+
+def make_pool(
+    blocks: int = 6,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    layout: KvLayout = "layer_major",
+    alignment: int = 64,
+    staged: bool = False,
+) -> KvPool:
+    return KvPool(layers, blocks, 16, 2, 4, dtype, layout, alignment=alignment, staged=staged)
 
 
 @pytest.fixture
@@ -62,7 +73,7 @@ def test_blocks_move_between_processes_until_the_peer_is_killed(pool: KvPool, pe
     """Reads see what the peer last wrote, without its help; after kill -9 they fail, and nothing stays in /dev/shm."""
     handle = read_handle(peer)
     expected = torch.arange(torch.Size(handle.shape).numel(), dtype=torch.float32).view(handle.shape)
-    assert pool.copy_blocks(pool.peer(handle), [7, 8, 3], [0, 1, 2]) == 2
+    assert pool.copy_blocks(pool.peer(handle), [7, 8, 3], [0, 1, 2]) == 1
     assert torch.equal(pool.tensor[:, :, :3], expected[:, :, [7, 8, 3]])
     assert not pool.tensor[:, :, 3:].any()
 
@@ -83,9 +94,11 @@ def test_blocks_move_between_processes_until_the_peer_is_killed(pool: KvPool, pe
         make_pool().peer(handle)
 
 
-def test_copies_equal_indexing_for_any_blocks(pool: KvPool) -> None:
+@pytest.mark.parametrize("staged", [False, True], ids=["shared", "staged"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies_equal_indexing_for_any_blocks(layout: KvLayout, staged: bool) -> None:
     """Whatever the runs, each destination block holds its source block and the others are untouched."""
-    source = make_pool(blocks=12)
+    pool, source = (make_pool(blocks, layout=layout, alignment=4096, staged=staged) for blocks in (6, 12))
     source.tensor.copy_(torch.randn(source.tensor.shape, generator=torch.Generator().manual_seed(0)))
     random.seed(1)
     for _ in range(50):
@@ -93,9 +106,47 @@ def test_copies_equal_indexing_for_any_blocks(pool: KvPool) -> None:
         source_blocks, blocks = random.sample(range(12), count), random.sample(range(6), count)
         expected = pool.tensor.clone()
         expected[:, :, blocks] = source.tensor[:, :, source_blocks]
-        pool.copy_blocks(pool.peer(source.handle), source_blocks, blocks)
+        source.stage(source_blocks)
+        copies = pool.copy_blocks(pool.peer(source.handle), source_blocks, blocks)
         assert torch.equal(pool.tensor, expected)
+        assert copies == len(contiguous_runs(blocks, blocks)) <= len(contiguous_runs(source_blocks, blocks))
     source.close()
+    pool.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_peers_read_what_was_staged(layout: KvLayout) -> None:
+    """Of a device's memory peers see the blocks as they were when staged, and nothing of the others."""
+    source, pool = make_pool(9, layout=layout, staged=True), make_pool(9, layout=layout)
+    source.tensor.fill_(3)
+    source.stage([2, 3, 7])
+    source.tensor.fill_(4)
+    pool.copy_blocks(pool.peer(source.handle), list(range(9)), list(range(9)))
+    staged = torch.zeros(9)
+    staged[[2, 3, 7]] = 3
+    assert torch.equal(pool.tensor[1, 1, :, 5, 0, 2], staged)
+    source.close()
+    pool.close()
+
+
+def test_the_layouts_are_the_orders_in_memory() -> None:
+    """layer_major keeps each layer's keys together, at aligned addresses; block_major all layers of a block."""
+    layer, block = (make_pool(layout=layout, alignment=1 << 12, staged=True) for layout in LAYOUTS)
+    keys = [plane for pair in layer.tensor for plane in pair]
+    assert all(plane.is_contiguous() and plane.data_ptr() % (1 << 12) == 0 for plane in keys)
+    assert block.tensor.shape == layer.tensor.shape
+    assert block.tensor.permute(2, 0, 1, 3, 4, 5).is_contiguous()
+    assert block.tensor.data_ptr() % (1 << 12) == 0
+    layer.close()
+    block.close()
+
+
+def test_another_order_in_memory_is_refused(pool: KvPool) -> None:
+    """Engines that keep their KV cache in different orders do not exchange blocks."""
+    peer = make_pool(layout="block_major")
+    with pytest.raises(ValueError, match=r"float32 block_major, ours .* float32 layer_major.*and kv_layout"):
+        pool.peer(peer.handle)
+    peer.close()
 
 
 def test_a_peer_is_mapped_once_and_anew_when_its_path_is_another_file(pool: KvPool) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -60,6 +61,7 @@ def test_greedy_tokens_are_those_of_transformers(reference: Reference, alone: li
         {"prefix_cache": False},
         {"max_in_flight": 2},
         {"max_in_flight": 3, "token_budget": 37, "max_sequences": 3},
+        {"kv_layout": "block_major", "token_budget": 37, "max_sequences": 16},
     ],
     ids=[
         "together",
@@ -69,9 +71,10 @@ def test_greedy_tokens_are_those_of_transformers(reference: Reference, alone: li
         "no prefix cache",
         "two plans in flight",
         "three plans in flight, odd chunks, few at a time",
+        "block major",
     ],
 )
-def test_batched_and_chunked_is_as_alone(folder: Path, alone: list[list[int]], limits: dict[str, int]) -> None:
+def test_batched_and_chunked_is_as_alone(folder: Path, alone: list[list[int]], limits: dict[str, Any]) -> None:
     """Mixed steps of chunks and decodes change no token."""
     assert serve(folder, PROMPTS, LIMIT, **limits) == alone
 
@@ -182,9 +185,10 @@ def transfer(prefill: Engine, decode: Engine, prompts: list[list[int]], limit: i
     return tasks
 
 
-def test_disaggregated_is_as_local(folder: Path, alone: list[list[int]]) -> None:
+@pytest.mark.parametrize("layout", ["layer_major", "block_major"])
+def test_disaggregated_is_as_local(folder: Path, alone: list[list[int]], layout: str) -> None:
     """A prefill on one engine and decodes on another, over fetched blocks, give the tokens of one engine."""
-    prefill, decode = Engine(folder, kv_blocks=80), Engine(folder, kv_blocks=200)
+    prefill, decode = (Engine(folder, kv_blocks=blocks, kv_layout=layout) for blocks in (80, 200))
     decode.add(make_prompt(99, 50), 3)  # so that block numbers differ
     decode.run()
     tasks = transfer(prefill, decode, PROMPTS, LIMIT)
@@ -273,6 +277,24 @@ def test_logits_that_are_not_numbers_fail_their_request_alone(
     assert engine.output[good] == alone[3]
     assert [engine.output[task] for task in later] == alone[:4]
     engine.close()
+
+
+def test_not_a_number_does_not_travel(folder: Path, alone: list[list[int]]) -> None:
+    """Blocks that hold NaN of failed requests are moved, and moved into, half filled; the requests get their tokens."""
+    prefill, decode = (Engine(folder, kv_blocks=12, prefix_cache=False) for _ in range(2))
+    seen = {token for tokens in PROMPTS[:4] + alone[:4] for token in tokens}
+    poison = next(token for token in range(256) if token not in seen)
+    for engine in (prefill, decode):
+        engine.runner.model.weights()["model.embed_tokens.weight"][poison] = float("nan")
+        bad = engine.add([poison] * 12 * 15, LIMIT)
+        engine.run()
+        assert bad in engine.failed
+    tasks = transfer(prefill, decode, PROMPTS[:4], LIMIT)
+    decode.run()
+    outputs = [prefill.output[i + 2] + decode.output[task] for i, task in enumerate(tasks)]
+    assert outputs == alone[:4]
+    prefill.close()
+    decode.close()
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
