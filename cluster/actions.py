@@ -15,11 +15,14 @@ class SetTimer(msgspec.Struct, frozen=True, tag=True):
 
 
 class SubmitRequest(msgspec.Struct, frozen=True, tag=True):
-    """The client sends a request to a job executor: `RequestArrived`, and in the end one `RequestEnded`."""
+    """The client sends a request to a job executor: `RequestArrived`, and in the end one `RequestEnded`.
+
+    `answer`: how the sampler's side will go on, in replays and simulations; None where a real model finds out.
+    """
 
     job_executor: str
     request: Request
-    answer: Answer
+    answer: Answer | None
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag=True):

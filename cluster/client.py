@@ -6,6 +6,7 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -14,6 +15,15 @@ from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitReque
 from cluster.request import Arrival, Trigger
 
 _NEXT = "next"
+
+
+class ClientActor(Protocol):
+    """What sends requests, as the control plane and its records know it. `due`: when each open one was to come, ns."""
+
+    name: str
+    due: dict[int, int]
+
+    def on_event(self, event: ev.Event) -> list[Action]: ...
 
 
 class Client:

@@ -1,18 +1,19 @@
 """The control plane of one run: the actors, who hears what, and the log that lets a run be replayed bit for bit."""
 
 from collections.abc import Sequence
-from typing import IO, Protocol
+from typing import IO, Generic, Protocol, TypeVar
 
 import msgspec
 
 from cluster.actions import Action
-from cluster.client import Client
+from cluster.client import ClientActor
 from cluster.events import Event, FirstToken
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager
 from cluster.metrics import Recorder
 from cluster.seam import Cluster
 
+C = TypeVar("C", bound=ClientActor)
 LOG_SCHEMA = "deepflow-decisions/1"
 
 
@@ -41,12 +42,12 @@ class LogHeader(msgspec.Struct, frozen=True):
     schema: str = LOG_SCHEMA
 
 
-class ControlPlane:
+class ControlPlane(Generic[C]):
     """Client, job executors and cluster manager; the same objects whichever cluster they drive."""
 
     def __init__(
         self,
-        client: Client,
+        client: C,
         job_executors: Sequence[JobExecutor],
         manager: ClusterManager,
         recorder: Recorder,

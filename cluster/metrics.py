@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
-from cluster.client import Client
+from cluster.client import ClientActor
 from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome
 
 Floats = npt.NDArray[np.float64]
@@ -104,7 +104,7 @@ class Recorder:
         self._live: dict[int, _Live] = {}
         self._lags: dict[int, int] = {}
 
-    def record(self, event: ev.Event, actions: Sequence[Action], client: Client) -> None:
+    def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
         """Note what an event says. `client` knows when its requests were due."""
         self.end_ns = max(self.end_ns, event.time)
         match event:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from omegaconf import DictConfig
@@ -24,6 +24,9 @@ from flowserve.core.scheduler import EngineConfig
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware, ModelShape
+
+if TYPE_CHECKING:
+    from real.cluster import RealCluster
 
 ROLES_THAT_SERVE = (
     {Role.COLOCATED},
@@ -249,7 +252,7 @@ def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
     return tuple(plans)
 
 
-def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane:
+def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane[Client]:
     """Client, job executors (each with a policy object of its own) and cluster manager."""
     names = job_executor_names(cfg)
     job_executors = []
@@ -359,7 +362,7 @@ def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
         yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
 
 
-def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> Cluster:
+def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "RealCluster":
     from flowserve.runtime.wire import NullDevice, TorchDevice
     from real.cluster import Engine, RealCluster
     from real.metrics import ServingMetrics

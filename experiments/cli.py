@@ -25,6 +25,7 @@ COMMANDS = {
     "profile": Command("experiments.commands.profile", "measure the engine here and write a latency profile"),
     "heatmap": Command("experiments.commands.heatmap", "simulate where disaggregation pays; write a heat map"),
     "demo": Command("experiments.commands.demo", "the main job: two policies on 910B, on this CPU, and simulated CPU"),
+    "generate": Command("experiments.commands.generate", "text from one engine on this machine, as it comes"),
     "traces": Command("experiments.commands.traces", "list | stats | convert | generate"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.metrics import Recorder, summarise
 from cluster.seam import Cluster
@@ -74,7 +75,7 @@ def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
     return result
 
 
-def drive(control: ControlPlane, cluster: Cluster, bar: ProgressBar, simulated: bool) -> bool:
+def drive(control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, simulated: bool) -> bool:
     """Let the control plane run the cluster until the run ends. True if the user interrupted it."""
     ticks = 0
     try:

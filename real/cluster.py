@@ -35,9 +35,9 @@ from flowserve.runtime import wire
 from flowserve.runtime.log import LEVELS
 from flowserve.runtime.runner import KvHandle
 from flowserve.runtime.sampling import Sampling
-from real.frontend import Frontend
+from real.frontend import ClientPrompt, Frontend, NewTokens
 from real.metrics import ServingMetrics
-from real.process import EngineProcess
+from real.process import ChildProcess
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class Engine(msgspec.Struct, frozen=True):
 class _Executor:
     __slots__ = ("crash", "handle", "launched", "process", "ready", "spec", "tasks")
 
-    def __init__(self, spec: ExecutorSpec, process: EngineProcess, launched: int) -> None:
+    def __init__(self, spec: ExecutorSpec, process: ChildProcess, launched: int) -> None:
         self.spec = spec
         self.process = process
         self.launched = launched
@@ -99,9 +99,12 @@ class RealCluster(Cluster):
         self._keep_outputs = keep_outputs
         self._cpus = itertools.cycle(sorted(os.sched_getaffinity(0))) if pin else None
         self._executors: dict[str, _Executor] = {}
-        self._leaving: list[EngineProcess] = []
+        self._leaving: list[ChildProcess] = []
         self._frontends: dict[str, Frontend] = {}
         self._frontend_of: dict[int, Frontend] = {}
+        self._prompts: dict[int, ClientPrompt] = {}
+        self._on_tokens: Callable[[NewTokens], None] | None = None
+        self._watched: dict[zmq.Socket[bytes] | int, Callable[[], None]] = {}
         self._timers: list[tuple[int, int, SetTimer]] = []
         self._order = itertools.count()
         self._ended = False
@@ -183,6 +186,24 @@ class RealCluster(Cluster):
         """Tokens by request id: of open requests, and of all with `keep_outputs`."""
         return {number: tokens for frontend in self._frontends.values() for number, tokens in frontend.outputs.items()}
 
+    def offer(self, request_id: int, prompt: ClientPrompt) -> None:
+        """The prompt of a request that a client is about to submit."""
+        self._prompts[request_id] = prompt
+
+    def listen(self, on_tokens: Callable[[NewTokens], None]) -> None:
+        """Call back with the tokens of all requests as they come, from within `next_event`."""
+        self._on_tokens = on_tokens
+
+    def watch(self, source: "zmq.Socket[bytes] | int", on_readable: Callable[[], None]) -> None:
+        """Call back from within `next_event` whenever a socket or file descriptor has something to read."""
+        self._watched[source] = on_readable
+        self._poller.register(source, zmq.POLLIN)
+
+    def unwatch(self, source: "zmq.Socket[bytes] | int") -> None:
+        """The end of `watch`."""
+        del self._watched[source]
+        self._poller.unregister(source)
+
     def process_ids(self) -> dict[str, int]:
         """Process id of each executor."""
         return {name: executor.process.pid for name, executor in self._executors.items()}
@@ -194,7 +215,7 @@ class RealCluster(Cluster):
         if model not in self._frontends:
             self._frontends[model] = Frontend(self._vocab_for(model), self._sampling, self._keep_outputs)
         self._frontend_of[action.request.request_id] = self._frontends[model]
-        self._frontends[model].open(action.request, action.answer)
+        self._frontends[model].open(action.request, action.answer, self._prompts.pop(action.request.request_id, None))
 
     def _relay(self, action: Action) -> None:
         if isinstance(action, SubmitRequest):
@@ -253,7 +274,9 @@ class RealCluster(Cluster):
         )
         launched = self.now()
         self._metrics.launched(name, action.spec.model)
-        process = EngineProcess(setup, None if folder is None else folder / f"{name}.log")
+        process = ChildProcess(
+            "flowserve.runtime.engine_process", setup, None if folder is None else folder / f"{name}.log"
+        )
         self._executors[name] = _Executor(action.spec, process, launched)
         self._poller.register(process.sentinel, zmq.POLLIN)
 
@@ -307,6 +330,9 @@ class RealCluster(Cluster):
             if executor.process.sentinel in ready:
                 self._read()  # its last words come before its end
                 self._died(name)
+        for source, on_readable in list(self._watched.items()):
+            if source in ready:
+                on_readable()
 
     def _read(self) -> None:
         while True:
@@ -335,7 +361,14 @@ class RealCluster(Cluster):
 
     def _output(self, name: str, executor: _Executor, output: wire.Output) -> None:
         if output.tokens is not None:
-            self._frontends[executor.spec.model].take(output.tokens)
+            new: dict[int, NewTokens] | None = None if self._on_tokens is None else {}
+            self._frontends[executor.spec.model].take(output.tokens, new)
+            if self._on_tokens is not None and new:
+                for task_id, _, logprobs in output.logprobs:
+                    if task_id in new:
+                        new[task_id].logprobs.append(logprobs)
+                for task_id, each in new.items():
+                    self._on_tokens(each._replace(ended=task_id in output.ended))
         for event in output.events:
             if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
                 executor.tasks.pop(event.task_id, None)

@@ -1,4 +1,4 @@
-"""Starting and stopping the process of one executor."""
+"""Starting and stopping processes of ours: executors, tokenizers."""
 
 import os
 import subprocess
@@ -9,13 +9,15 @@ from typing import IO
 import msgspec
 
 from flowserve.runtime.log import last_words
-from flowserve.runtime.wire import EngineSetup
 
 
-class EngineProcess:
-    """An engine process, started at construction. `sentinel` becomes readable when it ends, however that happens."""
+class ChildProcess:
+    """A process that runs a module and is given its setup, started at construction.
 
-    def __init__(self, setup: EngineSetup, log: Path | None) -> None:
+    `sentinel` becomes readable when it ends, however that happens. `log`: where what it prints goes; None: to ours.
+    """
+
+    def __init__(self, module: str, setup: msgspec.Struct, log: Path | None) -> None:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -24,7 +26,7 @@ class EngineProcess:
         }
         self._log: IO[bytes] | None = None if log is None else log.open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flowserve.runtime.engine_process", msgspec.json.encode(setup).decode()],
+            [sys.executable, "-m", module, msgspec.json.encode(setup).decode()],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,

@@ -176,6 +176,8 @@ class SimCluster(Cluster):
 
     def _relay(self, action: Action) -> None:
         if isinstance(action, SubmitRequest):
+            if action.answer is None:
+                raise ValueError(f"request {action.request.request_id} has no answer: a simulated sampler must be told")
             self._answers[action.request.request_id] = action.answer
         elif isinstance(action, EndRequest):
             del self._answers[action.request_id]

@@ -1,19 +1,12 @@
 """`deepflow traces`: what traces there are, what is in them, and making others."""
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-
-class _Parser(argparse.ArgumentParser):
-    """Leaves errors to whoever asked."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help tells more")
+from experiments.commands.usage import Parser
 
 
 def main(arguments: list[str]) -> int:
-    parser = _Parser(prog="deepflow traces", description="Request traces: find, describe, convert, make.")
+    parser = Parser(prog="deepflow traces", description="Request traces: find, describe, convert, make.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="known traces, and which of them are found here")
     stats = commands.add_parser("stats", help="number, rates, lengths and shared prefixes of a trace")

@@ -1,10 +1,19 @@
 """What the subcommands share: help, and composing a configuration from arguments."""
 
+import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import DictConfig
 
 from experiments.config import CONF, compose
+
+
+class Parser(argparse.ArgumentParser):
+    """Leaves errors to whoever asked."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help tells more")
 
 
 def wants_help(arguments: list[str], usage: str) -> bool:

@@ -176,6 +176,23 @@ def test_equal_logits_are_chosen_alike_whatever_the_neighbours_want(dtype: torch
         assert token in row.sort(stable=True, descending=True).indices[:4]
 
 
+def test_top_p_cuts_equal_logits_in_order() -> None:
+    """Where the mark falls among equal logits, the lower ids stay, as few as it takes."""
+    values = torch.tensor([0.0, 2.0, 2.0, 0.0, 2.0, 2.0, 0.0])  # 2.0: 22.7 % each
+    for top_p, stay in ((0.2, {1}), (0.3, {1, 2}), (0.6, {1, 2, 4}), (0.8, {1, 2, 4, 5}), (0.92, {0, 1, 2, 4, 5})):
+        each = [Sampling(temperature=1.0, top_p=top_p, seed=seed) for seed in range(300)]
+        assert set(sample_small(each, values.expand(300, 7))) == stay
+
+
+def sample_small(each: Sequence[Sampling], logits: Tensor) -> list[int]:
+    """Draws for a vocabulary too small for the usual prompt."""
+    made = sampler(logits.shape[1])
+    for row, sampling in enumerate(each):
+        made.add(row, sampling, [])
+    tokens: list[int] = made.sample(logits, list(range(len(each))), [0] * len(each)).tokens.tolist()
+    return tokens
+
+
 # -- counts --------------------------------------------------------------------------------------------------------
 
 
