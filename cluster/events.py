@@ -175,11 +175,15 @@ class ExecutorRetired(EventBase, frozen=True, tag=True, kw_only=True):
     executor: str
 
 
-class ExecutorFailed(EventBase, frozen=True, tag=True, kw_only=True):
-    """An executor died or could not start. Its tasks are reported one by one as `TaskFailed` before this event."""
+class ExecutorFailed(EventBase, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """An executor died or could not start. Its tasks are reported one by one as `TaskFailed` before this event.
+
+    `permanent`: it could not start, and another launch would meet the same (a model that is not there, say).
+    """
 
     executor: str
     reason: str
+    permanent: bool = False
 
 
 Event = (

@@ -54,7 +54,8 @@ class _Executor:
 class ClusterManager:
     """Drives every TE group to the size its scaling policy asks for.
 
-    `max_launch_failures`: launches of a group that may fail in a row before it gives up and says so.
+    `max_launch_failures`: launches of a group that may fail in a row before it gives up and says so; a
+    failure that another launch would meet again is enough by itself.
     """
 
     name = "cm"
@@ -142,7 +143,8 @@ class ClusterManager:
             return []
         model = executor.spec.model
         if executor.state is None:
-            self._failures[self._group_number(executor.spec)] += 1
+            group = self._group_number(executor.spec)
+            self._failures[group] = self._max_launch_failures if event.permanent else self._failures[group] + 1
             self._reasons[model] = event.reason
         actions = [] if executor.state is None else self._announce(executor, ExecutorState.GONE)
         return [*actions, *self._scale(event.time), *self._give_up(model), *self._open_doors()]

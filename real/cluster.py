@@ -56,7 +56,7 @@ class _Executor:
         self.launched = launched
         self.ready = False
         self.handle: KvHandle | None = None
-        self.crash: str | None = None
+        self.crash: wire.Crashed | None = None
         self.tasks: dict[int, tuple[str, Task]] = {}
 
 
@@ -303,11 +303,15 @@ class RealCluster(Cluster):
     def _died(self, name: str) -> None:
         executor = self._executors.pop(name)
         self._poller.unregister(executor.process.sentinel)
-        reason = executor.crash or executor.process.how_it_ended()
+        crash = executor.crash or wire.Crashed(executor.process.how_it_ended())
         executor.process.close(self.STOP_TIMEOUT_S)
         self._lose_tasks(name, executor)
         now = self.now()
-        self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=name, reason=reason))
+        self._emit(
+            ev.ExecutorFailed(
+                to="cm", time=now, occurred=now, executor=name, reason=crash.reason, permanent=crash.permanent
+            )
+        )
 
     def _lose_tasks(self, name: str, executor: _Executor) -> None:
         for job_executor, task in executor.tasks.values():
@@ -357,7 +361,7 @@ class RealCluster(Cluster):
             case wire.Ready():
                 self._ready(name, executor, message)
             case wire.Crashed():
-                executor.crash = message.reason
+                executor.crash = message
 
     def _output(self, name: str, executor: _Executor, output: wire.Output) -> None:
         if output.tokens is not None:

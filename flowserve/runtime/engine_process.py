@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import msgspec
@@ -26,6 +27,17 @@ from flowserve.runtime.child import follow_parent
 from flowserve.runtime.intake import NOTHING, Intake, Taken
 from flowserve.runtime.log import engine_logger
 from flowserve.runtime.runner import KvHandle, Payload, Runner
+
+PERMANENT: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ImportError,
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+)
+"""What in a start-up another launch would meet again. Not so what may be short for a while: memory, a busy device."""
 
 
 class EngineLoop:
@@ -196,8 +208,11 @@ def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable
     return torch_runner, torch_imports
 
 
-def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int, log: logging.Logger) -> None:
-    """Start up stage by stage, then run the engine loop."""
+@contextmanager
+def start_up(
+    setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int, log: logging.Logger
+) -> Iterator[EngineLoop]:
+    """Start up stage by stage, to an engine loop that is ready to run."""
 
     def now() -> int:
         return time.monotonic_ns() - setup.start_ns
@@ -220,8 +235,7 @@ def serve(setup: wire.EngineSetup, socket: "zmq.Socket[bytes]", born_ns: int, lo
         stage_done(Stage.TE_POST_LOAD, at)
         socket.send(wire.encode(wire.Ready(now(), runner.kv_handle)))
         log.info("ready", extra={"spec": msgspec.to_builtins(setup.spec), "engine": msgspec.to_builtins(setup.engine)})
-        loop.run()
-        log.info("told to stop")
+        yield loop
     finally:
         runner.close()
         if record is not None:
@@ -244,12 +258,16 @@ def main() -> int:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(setup.address)
     log = engine_logger(setup.executor, setup.log_level)
+    permanent = PERMANENT
     try:
-        serve(setup, socket, born_ns, log)
+        with start_up(setup, socket, born_ns, log) as loop:
+            permanent = ()
+            loop.run()
+            log.info("told to stop")
         return 0
     except Exception as error:
         log.exception("crashed")
-        socket.send(wire.encode(wire.Crashed(f"{type(error).__name__}: {error}")))
+        socket.send(wire.encode(wire.Crashed(f"{type(error).__name__}: {error}", isinstance(error, permanent))))
         return 1
     finally:
         socket.close()

@@ -110,9 +110,10 @@ class Output(msgspec.Struct, frozen=True, tag=True):
 
 
 class Crashed(msgspec.Struct, frozen=True, tag=True):
-    """Last words of an engine process."""
+    """Last words of an engine process. `permanent`: it could not start, and would not the next time either."""
 
     reason: str
+    permanent: bool = False
 
 
 ToEngine = Deliver | Stop

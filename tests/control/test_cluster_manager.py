@@ -80,8 +80,9 @@ class Office:
             )
         return self.last
 
-    def failed(self, name: str, reason: str = "broken") -> list[Action]:
-        return self.hear(ev.ExecutorFailed(to="cm", time=self.now, occurred=self.now, executor=name, reason=reason))
+    def failed(self, name: str, reason: str = "broken", permanent: bool = False) -> list[Action]:
+        at = {"to": "cm", "time": self.now, "occurred": self.now}
+        return self.hear(ev.ExecutorFailed(**at, executor=name, reason=reason, permanent=permanent))
 
     def drained(self, name: str) -> list[Action]:
         return self.hear(ev.ExecutorDrained(to="cm", time=self.now, occurred=self.now, executor=name))
@@ -306,6 +307,16 @@ def test_launches_are_given_up_after_so_many_failures_in_a_row() -> None:
         OpenDoors(),
     ]
     assert office.demand(3) == [DeclareNoCapacity("je-0", MODEL, said), DeclareNoCapacity("je-1", MODEL, said)]
+
+
+def test_a_launch_that_would_fail_again_is_not_repeated() -> None:
+    """One failure of that kind is enough to give up."""
+    office = Office(initial=1, job_executors=("je-0",))
+    said = "no executor for m could be launched: no such model"
+    assert office.failed("te-0", "no such model", permanent=True) == [
+        DeclareNoCapacity("je-0", MODEL, said),
+        OpenDoors(),
+    ]
 
 
 def test_a_success_forgives_failures() -> None:

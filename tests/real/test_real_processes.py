@@ -101,16 +101,20 @@ def test_logs_and_records(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def broken_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engine processes find a torch that cannot be imported."""
-    (tmp_path / "path" / "torch").mkdir(parents=True)
-    (tmp_path / "path" / "torch" / "__init__.py").write_text("raise ImportError('this torch is broken')\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+def broken_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets engine processes find a torch whose import raises what is given."""
+
+    def breaks(error: str) -> None:
+        (tmp_path / "path" / "torch").mkdir(parents=True)
+        (tmp_path / "path" / "torch" / "__init__.py").write_text(f"raise {error}\n")
+        monkeypatch.syspath_prepend(str(tmp_path / "path"))
+
+    return breaks
 
 
-@pytest.mark.usefixtures("broken_torch")
-def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path, broken_torch: Callable[[str], None]) -> None:
     """An engine whose set-up raises is reported as failed in words; its log has the traceback."""
+    broken_torch("ImportError('this torch is broken')")
     engine = Engine(EngineConfig(kv_blocks=10), TorchDevice("nowhere"))
     with RealCluster(ACTORS, lambda spec: engine, lambda model: 1000, log_dir=tmp_path) as cluster:
         driver = Driver(cluster)
@@ -123,17 +127,22 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert "Traceback" in (tmp_path / "te-0.log").read_text()
 
 
-@pytest.mark.usefixtures("broken_torch")
-def test_a_fleet_that_cannot_start(tmp_path: Path) -> None:
-    """Three launches, then the cluster manager gives up: all requests fail with the reason, and the run ends."""
+@pytest.mark.parametrize(
+    ("error", "launches"), [("ImportError: this torch is broken", 1), ("RuntimeError: the device is busy", 3)]
+)
+def test_a_fleet_that_cannot_start(broken_torch: Callable[[str], None], error: str, launches: int) -> None:
+    """The cluster manager gives up after one launch that no other can better, else after three: all requests fail with
+    the reason, and the run ends.
+    """
+    broken_torch("{}('{}')".format(*error.split(": ")))
     run = run_real(
         [make_arrival(n, at_s=0.01 * n) for n in range(5)],
         groups=[GroupPlan(make_spec(), 1, 1, 1)],
         device=TorchDevice("nowhere"),
     )
-    assert [event.executor for event in run.of(ev.ExecutorFailed)] == ["te-0", "te-1", "te-2"]
+    assert [event.executor for event in run.of(ev.ExecutorFailed)] == ["te-0", "te-1", "te-2"][:launches]
     assert run.ends == dict.fromkeys(range(5), ("failed", 0))
-    assert set(run.recorder.reasons) == {"no executor for m could be launched: ImportError: this torch is broken"}
+    assert set(run.recorder.reasons) == {f"no executor for m could be launched: {error}"}
     assert not any(alive(pid) for pid in run.pids.values())
 
 
