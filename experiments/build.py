@@ -326,6 +326,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 contention=hardware.contention,
+                host_step_s=hardware.host_step_s,
                 link=lambda: Link(
                     hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s
                 ),

@@ -54,7 +54,7 @@ class Node(msgspec.Struct, frozen=True):
     """What stands behind one kind of executor: engine limits, latency model, start-up stages, KV cache link.
 
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
-    `contention`: as in `Hardware`; with it every step is an event of its own.
+    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there.
     """
 
     engine: EngineConfig
@@ -64,6 +64,7 @@ class Node(msgspec.Struct, frozen=True):
     kv_segments: int
     link: Callable[[], Link]
     contention: float = 0.0
+    host_step_s: float = 0.0
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -221,6 +222,7 @@ class SimCluster(Cluster):
             len(self._links),
             partial(self._slowdown, action.executor, node.contention) if node.contention else None,
             self._record,
+            to_ns(node.host_step_s),
         )
         self._emit(
             ev.ExecutorReady(

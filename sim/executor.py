@@ -47,6 +47,8 @@ class SimExecutor:
     """Runs one shell in simulated time. `answers` is the sampler's side: how long each request's output really is.
     `slowdown`: by what a step's time is multiplied when it starts; with it, every step is an event of its own.
     `record`: told of every segment when it is over.
+    `host_ns`: what the host needs for a step beside the device's time. The device waits for it where a plan is launched
+    only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
 
     `number`: the executor's own, by which ties in time are broken.
     """
@@ -62,6 +64,7 @@ class SimExecutor:
         number: int = 0,
         slowdown: Callable[[], float] | None = None,
         record: Callable[[StepSpan], None] | None = None,
+        host_ns: int = 0,
     ) -> None:
         self.shell = shell
         self.dead = False
@@ -74,6 +77,7 @@ class SimExecutor:
         self._slowdown = slowdown
         self._record = record
         self._since = 0
+        self._host = host_ns
         self._number = number
         self._inbox: list[Message] = []
         self._timer: simpy.Event | None = None
@@ -122,33 +126,39 @@ class SimExecutor:
                 known = self._answers[request.request_id].block_ids or request.block_ids
                 ids = identity.of_context(request.request_id, request.max_tokens, known)
             shell.receive(message, now, ids)
+        ahead = bool(shell.core.in_flight)
         while shell.next_plan() is not None:
             pass
         if shell.core.in_flight:
-            self._launch(shell.core.in_flight[0])
+            self._launch(shell.core.in_flight[0], ahead)
         elif shell.report_due is not None:
             self._wait_for(max(now, shell.report_due))
         self._deliver(shell.outbox())
 
-    def _launch(self, plan: Plan) -> None:
+    def _launch(self, plan: Plan, ahead: bool) -> None:
+        """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
         now, shape, latency = int(self._env.now), plan.shape, self._latency
-        end = now + latency.step_ns(shape)
+        took = latency.step_ns(shape)
         if self._slowdown is not None:
-            end = now + round((end - now) * self._slowdown())
+            took = round(took * self._slowdown())
+        end = now + self._with_host(took, ahead)
         self._ends, self._since = [end], now
         if plan.decodes is not self._batch:
             self._find_stops(plan)
         if self._coalesce and self._slowdown is None and not plan.chunks:
             most = min(self._stops[0][0] - plan.clock if self._stops else LONGEST_SEGMENT, LONGEST_SEGMENT)
             batch, due = shape.decode_sequences, self.shell.next_report
-            context = shape.decode_context
+            context, ahead = shape.decode_context, len(self.shell.core.in_flight) > 1
             for _ in range(self.shell.core.steady_steps(most) if end < due else 0):
                 context += batch
-                end += latency.step_ns(StepShape(0, 0, 0, batch, context))
+                end += self._with_host(latency.step_ns(StepShape(0, 0, 0, batch, context)), ahead)
                 self._ends.append(end)
                 if end >= due:
                     break
         self._wait_for(self._ends[-1])
+
+    def _with_host(self, took: int, ahead: bool) -> int:
+        return max(took, self._host) if ahead else took + self._host
 
     def _wait_for(self, time: int) -> None:
         self._timer = _StepEnd(self._env, time - int(self._env.now), self._number, self._on_timer)

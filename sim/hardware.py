@@ -10,7 +10,8 @@ class Hardware(msgspec.Struct, frozen=True):
     launch time per step. `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous
     segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how
     much longer a step takes for each other executor that computes meanwhile, as a share (engines on the cores of one
-    CPU share its memory bandwidth; NPUs do not: 0).
+    CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits for
+    it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
     """
 
     name: str
@@ -26,8 +27,11 @@ class Hardware(msgspec.Struct, frozen=True):
     kv_call_overhead_s: float
     usable_hbm: float = 0.9
     contention: float = 0.0
+    host_step_s: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.host_step_s < 0:
+            raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
         if self.contention < 0:
             raise ValueError(f"hardware.contention is {self.contention}: allowed are 0 (none) and more")
 

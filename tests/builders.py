@@ -175,6 +175,7 @@ def run_sim(
     executors: int = 1,
     engine: EngineConfig | None = None,
     latency: Callable[[], LatencyModel] = lambda: Constant(0.01),
+    host_step_s: float = 0.0,
     link: Callable[[], Link] = lambda: Link(1e9, 0.0, 0.0),
     kv_bytes_per_token: int = 1000,
     kv_segments: int = 1,
@@ -208,6 +209,7 @@ def run_sim(
         kv_bytes_per_token=kv_bytes_per_token,
         kv_segments=kv_segments,
         link=link,
+        host_step_s=host_step_s,
     )
     cluster = SimCluster(
         ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce

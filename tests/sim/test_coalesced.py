@@ -101,6 +101,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             max_in_flight=draw(st.integers(1, 3)),
         ),
         "latency": draw(st.sampled_from(LATENCIES)),
+        "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
         "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),
         "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),
         "report_period_s": draw(st.sampled_from([0.02, 0.1, 1.0])),
