@@ -1,10 +1,10 @@
-# `make run` shows the testbed at work, `make test` runs every check. Both need only Python 3.11 or newer: they set up
-# .venv in this folder first, and again when pyproject.toml or constraints.txt has changed.
+# `make run` shows the testbed at work, `make test` runs every check, `make bench` measures. All need only Python 3.11 or
+# newer: they set up .venv in this folder first, and again when pyproject.toml or constraints.txt has changed.
 #     make PYTHON=/path/to/python3.12 run
 #     make PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu' run      torch without CUDA
 
 SHELL := bash
-.PHONY: run test format clean
+.PHONY: run test bench format clean
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -24,6 +24,10 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# All that this machine can measure, in under 10 minutes on an idle one; writes experiments/data/bench and README.md.
+bench: $(STAMP)
+	$(BIN)/deepflow bench
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

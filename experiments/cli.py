@@ -23,6 +23,7 @@ COMMANDS = {
     "replay": Command("experiments.commands.replay", "feed a run's events back, check the actions"),
     "validate": Command("experiments.commands.validate", "the same trace on both backends; error table per metric"),
     "profile": Command("experiments.commands.profile", "measure the engine here and write a latency profile"),
+    "bench": Command("experiments.commands.bench", "benchmarks of engine, scheduling and devices; one by name, or all"),
     "heatmap": Command("experiments.commands.heatmap", "simulate where disaggregation pays; write a heat map"),
     "demo": Command("experiments.commands.demo", "the main job: two policies on 910B, on this CPU, and simulated CPU"),
     "generate": Command("experiments.commands.generate", "text from one engine on this machine, as it comes"),
