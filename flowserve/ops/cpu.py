@@ -13,8 +13,8 @@ from torch import Tensor
 from flowserve.ops.matrix import Matrix, product
 from flowserve.ops.step import StepContext
 
-MAX_GROUP_BLOCKS = 512
-"""Blocks gathered at once for decodes: bounds the copy, and beyond it larger groups gain nothing."""
+MAX_GROUP_BYTES = 2**19
+"""Keys and values gathered at once for decodes: what one core's cache still has when attention reads it."""
 MAX_GROUP_PADDING = 24
 """Blocks of padding in a group of decodes at which a group of its own costs less (about 30 us against 1.4 us each)."""
 
@@ -98,7 +98,8 @@ def prepare(step: StepContext) -> _Prepared:
         row += count
     decodes = []
     lengths = ends[step.num_chunks :]
-    groups = _groups((-(-lengths // step.block_tokens)).tolist())
+    most_blocks = MAX_GROUP_BYTES // (2 * block_size * dtype.itemsize)
+    groups = _groups((-(-lengths // step.block_tokens)).tolist(), most_blocks)
     if groups:
         most = max((end - start) * width for start, end, width in groups)
         memory = torch.empty(2 * most * block_size, dtype=dtype)
@@ -239,16 +240,16 @@ def _attend_decodes(query: Tensor, cache: LayerCache, group: _Decodes) -> Tensor
     return out.reshape(batch, heads, size)
 
 
-def _groups(widths: list[int]) -> list[tuple[int, int, int]]:
+def _groups(widths: list[int], most_blocks: int) -> list[tuple[int, int, int]]:
     """Cut ascending widths (in blocks) into groups `(start, end, width)` that waste little on padding.
 
-    From the longest down: a group ends where its padding, or its size, would pass the limit.
+    From the longest down: a group ends where its padding, or its size (`most_blocks`), would pass the limit.
     """
     groups = []
     end = len(widths)
     while end:
         width, padding, start = widths[end - 1], 0, end - 1
-        while start and (end - start + 1) * width <= MAX_GROUP_BLOCKS:
+        while start and (end - start + 1) * width <= most_blocks:
             padding += width - widths[start - 1]
             if padding > MAX_GROUP_PADDING:
                 break
