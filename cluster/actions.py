@@ -3,7 +3,7 @@
 import msgspec
 
 from cluster.request import Answer, Request, Task
-from cluster.vocabulary import ExecutorSpec, ExecutorState, Outcome
+from cluster.vocabulary import ExecutorSpec, ExecutorState, Outcome, Role
 
 
 class SetTimer(msgspec.Struct, frozen=True, tag=True):
@@ -76,6 +76,16 @@ class DrainExecutor(msgspec.Struct, frozen=True, tag=True):
     executor: str
 
 
+class SwitchRole(msgspec.Struct, frozen=True, tag=True):
+    """Let an executor serve another role from here on, with what it has cached: `RoleSwitched`.
+
+    Tasks at hand are finished where they are; of the old kind, no more are taken (`FailureReason.ROLE_SWITCHED`).
+    """
+
+    executor: str
+    role: Role
+
+
 class RetireExecutor(msgspec.Struct, frozen=True, tag=True):
     """Stop an executor and free its NPUs: `ExecutorRetired`. Tasks it still has come back as `TaskFailed`.
 
@@ -122,6 +132,7 @@ Action = (
     | ReportDemand
     | LaunchExecutor
     | DrainExecutor
+    | SwitchRole
     | RetireExecutor
     | AnnounceExecutor
     | DeclareNoCapacity

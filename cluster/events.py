@@ -126,7 +126,7 @@ class ExecutorReady(EventBase, frozen=True, tag=True, kw_only=True):
 
 
 class ExecutorAnnounced(EventBase, frozen=True, tag=True, kw_only=True):
-    """The cluster manager tells a job executor of a change in the list of executors."""
+    """The cluster manager tells a job executor of a change in the list of executors, or in the role of one."""
 
     executor: str
     spec: ExecutorSpec
@@ -169,6 +169,13 @@ class ExecutorDrained(EventBase, frozen=True, tag=True, kw_only=True):
     executor: str
 
 
+class RoleSwitched(EventBase, frozen=True, tag=True, kw_only=True):
+    """An executor takes the tasks of another role from here on; `spec` says which."""
+
+    executor: str
+    spec: ExecutorSpec
+
+
 class ExecutorRetired(EventBase, frozen=True, tag=True, kw_only=True):
     """An executor has stopped and its NPUs are free."""
 
@@ -205,6 +212,7 @@ Event = (
     | LoadReport
     | DemandReported
     | ExecutorDrained
+    | RoleSwitched
     | ExecutorRetired
     | ExecutorFailed
 )

@@ -19,6 +19,10 @@ ENTRY_ROLES = (Role.COLOCATED, Role.PREFILL)
 """Roles a new request may enter by."""
 
 
+MOVED = ("outstanding", "queued_tokens", "kv_used", "reported_ns")
+"""Columns that stay with an executor when it switches its role."""
+
+
 class Group:
     """A TE group: ready executors of one model and role (DeepServe section 3).
 
@@ -93,10 +97,16 @@ class Fleet:
         return iter(self._groups.values())
 
     def announced(self, event: ExecutorAnnounced) -> None:
-        """An executor is ready for tasks."""
-        group = self.group(event.spec.model, event.spec.role)
-        group.add(event.executor, event.kv_blocks, event.max_sequences)
-        self._group_of[event.executor] = group
+        """An executor is ready for tasks; one that has switched its role takes what is known of it along."""
+        name, group = event.executor, self.group(event.spec.model, event.spec.role)
+        before = self._group_of.get(name)
+        known = {} if before is None else {column: getattr(before, column)[before.index[name]] for column in MOVED}
+        if before is not None:
+            before.remove(name)
+        group.add(name, event.kv_blocks, event.max_sequences)
+        for column, value in known.items():
+            getattr(group, column)[group.index[name]] = value
+        self._group_of[name] = group
 
     def remove(self, executor: str) -> bool:
         """An executor takes no more tasks. False where it was not in the list."""

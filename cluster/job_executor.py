@@ -18,10 +18,22 @@ _TASK_BITS = 40
 class Job:
     """One serving job under way. `task` is None while it waits for an executor."""
 
-    __slots__ = ("attempts", "cancelled", "executor", "generated", "held", "kind", "queued_tokens", "request", "task")
+    __slots__ = (
+        "attempts",
+        "cancelled",
+        "deadline_ns",
+        "executor",
+        "generated",
+        "held",
+        "kind",
+        "queued_tokens",
+        "request",
+        "task",
+    )
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, arrived_ns: int) -> None:
         self.request = request
+        self.deadline_ns = None if request.deadline_ns is None else arrived_ns + request.deadline_ns
         self.kind = TaskKind.SERVE
         self.task: Task | None = None
         self.executor = ""
@@ -95,13 +107,13 @@ class JobExecutor:
     # -- the life of a job ----------------------------------------------------------------------------------------
 
     def _arrived(self, event: ev.RequestArrived) -> list[Action]:
-        job = Job(event.request)
+        job = Job(event.request, event.occurred)
         self._jobs[event.request.request_id] = job
         return self._place(job, event.time)
 
     def _place(self, job: Job, now: int) -> list[Action]:
         """Hand the job's next task to an executor, or park it, or refuse it where too many are parked."""
-        draft = Task(self._next_task, job.request, job.kind, job.generated, job.held)
+        draft = Task(self._next_task, job.request, job.kind, job.generated, job.held, job.deadline_ns)
         executor = self.policy.place(draft, self.fleet, now)
         if executor is None:
             return self._park(job)
@@ -112,7 +124,7 @@ class JobExecutor:
                 "it must choose from fleet.candidates(task)"
             )
         job.kind = SERVES[role]
-        task = Task(self._next_task, job.request, job.kind, job.generated, job.held)
+        task = Task(self._next_task, job.request, job.kind, job.generated, job.held, job.deadline_ns)
         self._next_task += 1
         job.task, job.executor = task, executor
         self._tasks[task.task_id] = job
@@ -163,13 +175,14 @@ class JobExecutor:
             return [*self._release(job), *self._end(job, Outcome.CANCELLED)]
         if not event.reason.retriable:
             return [*self._release(job), *self._end(job, Outcome.FAILED, event.detail or str(event.reason))]
-        if event.reason is not FailureReason.NOT_SERVING:  # a refusal on the way out costs the request nothing
+        refused = event.reason in (FailureReason.NOT_SERVING, FailureReason.ROLE_SWITCHED)
+        if not refused:  # a refusal costs the request nothing
             job.attempts += 1
         if job.attempts >= self._max_attempts:
             reason = f"gave up after {job.attempts} attempts, the last: {event.reason}"
             return [*self._release(job), *self._end(job, Outcome.FAILED, reason)]
         # The KV cache of a finished prefill outlives a refused decode; after any other loss, prefill again.
-        keep = event.reason is FailureReason.NOT_SERVING and job.held is not None
+        keep = refused and job.held is not None
         actions = [] if keep else self._release(job)
         job.kind = TaskKind.DECODE if keep else TaskKind.SERVE
         return [*actions, *self._place(job, event.time)]

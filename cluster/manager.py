@@ -16,8 +16,9 @@ from cluster.actions import (
     OpenDoors,
     RetireExecutor,
     SetTimer,
+    SwitchRole,
 )
-from cluster.policy import GroupLoad, ScalingPolicy
+from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, to_ns
 
 
@@ -103,6 +104,10 @@ class ClusterManager:
                 return [*self._scale(event.time), *self._give_up(event.model)] if event.parked else []
             case ev.ExecutorDrained():
                 return [RetireExecutor(event.executor)] if event.executor in self._executors else []
+            case ev.RoleSwitched():
+                executor = self._executors.get(event.executor)
+                ready = executor is not None and executor.state is ExecutorState.READY
+                return self._announce(executor, ExecutorState.READY) if executor is not None and ready else []
             case ev.ExecutorRetired():
                 executor = self._executors.pop(event.executor, None)
                 return [] if executor is None else self._give_up(executor.spec.model)
@@ -174,10 +179,12 @@ class ClusterManager:
 
     def _scale(self, now: int) -> list[Action]:
         actions: list[Action] = []
+        for switch in self._policy.switches([self._load(group, self._members(group)) for group in self._groups], now):
+            actions += self._switch(switch)
         for number, group in enumerate(self._groups):
             if self._failures[number] >= self._max_launch_failures:
                 continue
-            members = [executor for executor in self._executors.values() if executor.spec == group.spec]
+            members = self._members(group)
             load = self._load(group, members)
             wanted = min(max(self._policy.desired(load, now), group.minimum), group.maximum)
             present = load.ready + load.pending
@@ -187,6 +194,26 @@ class ClusterManager:
             for executor in ready[wanted:]:
                 actions += self._drain(executor)
         return actions
+
+    def _switch(self, switch: RoleSwitch) -> list[Action]:
+        """Move the least loaded executor, the newest of equals; it is announced when it has switched."""
+        plans = {(group.spec.model, group.spec.role): group for group in self._groups}
+        source, target = plans.get((switch.model, switch.source)), plans.get((switch.model, switch.target))
+        if source is None or target is None or source is target or source.spec.npus != target.spec.npus:
+            return []
+        leaving, joining = self._members(source), self._members(target)
+        ready = [executor for executor in leaving if executor.state is ExecutorState.READY]
+        if not ready or self._present(leaving) <= source.minimum or self._present(joining) >= target.maximum:
+            return []
+        executor = min(reversed(ready), key=_busy)
+        executor.spec = target.spec
+        return [SwitchRole(executor.name, target.spec.role)]
+
+    def _members(self, group: GroupPlan) -> list[_Executor]:
+        return [executor for executor in self._executors.values() if executor.spec == group.spec]
+
+    def _present(self, members: list[_Executor]) -> int:
+        return sum(executor.state in (None, ExecutorState.READY) for executor in members)
 
     def _load(self, group: GroupPlan, members: list[_Executor]) -> GroupLoad:
         ready = [executor for executor in members if executor.state is ExecutorState.READY]
@@ -213,3 +240,8 @@ class ClusterManager:
     def _set_timer(self, now: int) -> list[Action]:
         period = self._policy.period_s
         return [] if period is None else [SetTimer(self.name, "scale", now + to_ns(period))]
+
+
+def _busy(executor: _Executor) -> int:
+    report = executor.report
+    return 0 if report is None else report.waiting + report.running

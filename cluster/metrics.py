@@ -132,6 +132,8 @@ class Recorder:
                 self.scaling.append((event.occurred, event.executor, "ready", 0))
             case ev.ExecutorDrained():
                 self.scaling.append((event.occurred, event.executor, "drained", 0))
+            case ev.RoleSwitched():
+                self.scaling.append((event.occurred, event.executor, f"serves {event.spec.role}", 0))
             case ev.ExecutorRetired() | ev.ExecutorFailed():
                 what = "retired" if isinstance(event, ev.ExecutorRetired) else "failed"
                 self.scaling.append((event.occurred, event.executor, what, 0))

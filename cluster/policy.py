@@ -5,6 +5,7 @@ numbers only from a generator it was given; so the same object runs on either ba
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from cluster.events import FirstToken, TaskFinished
@@ -59,8 +60,16 @@ class GroupLoad(NamedTuple):
     parked: int
 
 
+class RoleSwitch(NamedTuple):
+    """One executor of a model is to serve `target` instead of `source`."""
+
+    model: str
+    source: Role
+    target: Role
+
+
 class ScalingPolicy(ABC):
-    """Decides how many executors each TE group should have."""
+    """Decides how many executors each TE group should have, and which should change sides."""
 
     period_s: float | None = None
     """How often the cluster manager asks; None: only when the list of executors changes."""
@@ -68,3 +77,11 @@ class ScalingPolicy(ABC):
     @abstractmethod
     def desired(self, load: GroupLoad, now_ns: int) -> int:
         """How many executors the group should have, ready and pending together."""
+
+    def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
+        """Role switches to make, asked ahead of `desired`, which sees the groups as they are after them.
+
+        Each takes one ready executor, the least loaded, with its cache; one that would leave a group with fewer or more
+        than its plan allows, or for which there is no group, is not made.
+        """
+        return ()

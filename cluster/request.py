@@ -16,7 +16,10 @@ class Request(msgspec.Struct, frozen=True):
     """What a client sends, and all that schedulers and policies may see of it.
 
     `block_ids` name the full 16-token blocks of the prompt; None means content shared with nobody.
-    `max_tokens` is the client's limit; the true output length is in `Answer`.
+    `max_tokens` is the client's limit; the true output length is in `Answer`. `priority`: the larger, the more
+    important. `deadline_ns`: the whole answer is due so long after the request arrived at the frontend, where the
+    counting of every metric begins too; waiting anywhere and failed attempts count. Raises ValueError for numbers that
+    no request has.
     """
 
     request_id: int
@@ -25,6 +28,20 @@ class Request(msgspec.Struct, frozen=True):
     model: str
     block_ids: tuple[int, ...] | None = None
     tenant: str = ""
+    priority: int = 0
+    deadline_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.max_tokens < 1:
+            raise ValueError(
+                f"request {self.request_id} has prompt_tokens {self.prompt_tokens} and max_tokens {self.max_tokens}: "
+                "allowed are 1 and more of each"
+            )
+        if self.deadline_ns is not None and self.deadline_ns < 1:
+            raise ValueError(
+                f"request {self.request_id} has a deadline {self.deadline_ns} ns after its arrival: allowed are 1 and "
+                "more, or none"
+            )
 
     @property
     def prompt_ids(self) -> identity.BlockIds:
@@ -79,6 +96,7 @@ class KvSource(msgspec.Struct, frozen=True):
 
 class Task(msgspec.Struct, frozen=True):
     """One operation on one executor. `generated` tokens are with the frontend already, it goes on behind them.
+    `deadline_ns`: when the request's answer is due, in the time of the run.
 
     A retry is a new task: prompt and generated tokens are prefilled again, so nothing is repeated or skipped.
     """
@@ -88,6 +106,7 @@ class Task(msgspec.Struct, frozen=True):
     kind: TaskKind
     generated: int = 0
     kv: KvSource | None = None
+    deadline_ns: int | None = None
 
     @property
     def context_tokens(self) -> int:

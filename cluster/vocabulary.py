@@ -71,6 +71,7 @@ class FailureReason(StrEnum):
 
     EXECUTOR_LOST = "executor lost"
     NOT_SERVING = "executor is draining or not ready"
+    ROLE_SWITCHED = "the executor serves another role now"
     KV_LOST = "the prefilled KV cache is gone"
     TOO_LONG = "prompt and output limit do not fit the executor's KV cache"
     INVALID = "the executor cannot run this kind of task"

@@ -24,11 +24,13 @@ from cluster.actions import (
     RetireExecutor,
     SetTimer,
     SubmitRequest,
+    SwitchRole,
 )
 from cluster.relay import relayed
 from cluster.request import Task
 from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from flowserve.core import messages
 from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime import wire
@@ -136,6 +138,8 @@ class RealCluster(Cluster):
                 self._launch(action)
             case DrainExecutor():
                 self._send(action.executor, wire.Deliver(Drain()))
+            case SwitchRole():
+                self._send(action.executor, wire.Deliver(messages.SwitchRole(action.role)))
             case RetireExecutor():
                 self._retire(action.executor)
             case EndRun():

@@ -20,12 +20,14 @@ from cluster.actions import (
     RetireExecutor,
     SetTimer,
     SubmitRequest,
+    SwitchRole,
 )
 from cluster.latency import LatencyModel
 from cluster.relay import relayed
 from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from flowserve.core import messages
 from flowserve.core.messages import Abort, Dispatch, Drain, KvFetched, KvOffered, KvRequested, Message, PeerLost
 from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.record import StepSpan
@@ -165,6 +167,8 @@ class SimCluster(Cluster):
                 self.env.process(self._launch(action))
             case DrainExecutor():
                 self._send(action.executor, Drain(), self._dispatch_ns)
+            case SwitchRole():
+                self._send(action.executor, messages.SwitchRole(action.role), self._dispatch_ns)
             case RetireExecutor():
                 if self._has(action.executor):
                     self._stop(action.executor)

@@ -198,7 +198,7 @@ class SimExecutor:
                 sequence.task_id,
             )
             for sequence in plan.decodes
-            if sequence.status is Status.DECODE
+            if sequence.status in (Status.DECODE, Status.LAST)
         ]
         heapq.heapify(self._stops)
 

@@ -37,8 +37,12 @@ def make_request(
     limit: int = 64,
     ids: tuple[int, ...] | None = None,
     model: str = MODEL,
+    tenant: str = "",
+    priority: int = 0,
+    deadline_s: float | None = None,
 ) -> Request:
-    return Request(request_id, prompt, limit, model, ids)
+    deadline_ns = None if deadline_s is None else to_ns(deadline_s)
+    return Request(request_id, prompt, limit, model, ids, tenant, priority, deadline_ns)
 
 
 def make_arrival(
@@ -51,9 +55,12 @@ def make_arrival(
     after: Trigger | None = None,
     cancel_after_s: float | None = None,
     model: str = MODEL,
+    tenant: str = "",
+    priority: int = 0,
+    deadline_s: float | None = None,
 ) -> Arrival:
     return Arrival(
-        make_request(request_id, prompt, output if limit is None else limit, ids, model),
+        make_request(request_id, prompt, output if limit is None else limit, ids, model, tenant, priority, deadline_s),
         Answer(output),
         to_ns(at_s),
         after,

@@ -93,6 +93,10 @@ def _fields(arrival: Arrival) -> dict[str, Any]:
     fields["max_tokens"] = request.max_tokens
     if request.tenant:
         fields["tenant"] = request.tenant
+    if request.priority:
+        fields["priority"] = request.priority
+    if request.deadline_ns is not None:
+        fields["deadline_s"] = _seconds(request.deadline_ns)
     if arrival.cancel_after_ns is not None:
         fields["cancel_after_s"] = _seconds(arrival.cancel_after_ns)
     if request.block_ids is not None:

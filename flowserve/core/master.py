@@ -5,14 +5,14 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 """
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
-from cluster.vocabulary import FailureReason, TaskKind
+from cluster.vocabulary import FailureReason, Role, TaskKind
 from flowserve.core.messages import (
     Abort,
     Dispatch,
@@ -26,8 +26,11 @@ from flowserve.core.messages import (
 from flowserve.core.outbox import Load, Outbox, Transfer
 from flowserve.core.plan import Fetch, Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
-from flowserve.core.sequence import Sequence
+from flowserve.core.sequence import Sequence as EngineSequence
 from flowserve.core.transfer import run_lengths
+
+FEWEST_ENDS = 4096
+"""Step times that are kept before it is worth while to look for those that are not needed."""
 
 
 class _Entry(NamedTuple):
@@ -50,6 +53,7 @@ class Master:
         self._lost: set[str] = set()
         self._step_ends = array("q")
         self._first_clock = 0
+        self._most_ends = FEWEST_ENDS
         self._now = 0
         self._tokens_out = 0
 
@@ -113,7 +117,7 @@ class Master:
         """A plan's tokens are there. `stopped`: task ids whose token ends the request."""
         self._now = now
         if plan.decodes:
-            self._step_ends.append(now)
+            self._note_ends((now,))
         self._tokens_out += len(plan.decodes)
         result = self.core.complete(plan, stopped)
         for sequence in result.first_tokens:
@@ -148,9 +152,13 @@ class Master:
 
     def advance(self, ends: list[int]) -> None:
         """Steps that only decoded the same batch, with no stop, ended at these times."""
-        self._step_ends.extend(ends)
+        self._note_ends(ends)
         self._tokens_out += len(ends) * len(self.core.in_flight[0].decodes)
         self.core.advance(len(ends))
+
+    def serve(self, role: Role) -> None:
+        """Work within the limits that hold for this role from here on; tasks of any kind at hand are finished."""
+        self.core.token_budget = self.core.config.budget(role)
 
     # -- what can be read -----------------------------------------------------------------------------------------
 
@@ -213,7 +221,7 @@ class Master:
                 )
             )
 
-    def _finished(self, sequence: Sequence, held: bool, now: int) -> None:
+    def _finished(self, sequence: EngineSequence, held: bool, now: int) -> None:
         entry = self._entries.pop(sequence.task_id)
         self._outbox.forgotten.append(sequence.task_id)
         times: list[int] = []
@@ -269,8 +277,8 @@ class Master:
         held = self.core.held.get(message.task_id)
         if held is not None:
             self._leases[message.task_id] = message.by
-        blocks = None if held is None else list(held.blocks)
-        self._outbox.peers.append((message.by, KvOffered(message.task_id, message.for_task, self.name, blocks)))
+        blocks, size = None if held is None else list(held.blocks), self.core.config.block_tokens
+        self._outbox.peers.append((message.by, KvOffered(message.task_id, message.for_task, self.name, blocks, size)))
 
     def _end_lease(self, task_id: int) -> None:
         self._leases.pop(task_id, None)
@@ -285,12 +293,27 @@ class Master:
             self._fetched(task_id, False, now)
             return
         size = self.core.config.block_tokens
+        if message.block_tokens != size:
+            said = (
+                f"{message.source} keeps {message.block_tokens} tokens per KV cache block and {self.name} {size}: give "
+                "prefill and decode executors the same block_tokens"
+            )
+            self._fetched(task_id, False, now, FailureReason.INVALID, said)
+            return
         span = slice(fetch.skip // size, -(-fetch.tokens // size))
         blocks = fetch.sequence.blocks
         self._copying.add(task_id)
         self._outbox.transfers.append(Transfer(task_id, message.source, message.blocks[span], blocks[span]))
 
-    def _fetched(self, task_id: int, success: bool, now: int) -> None:
+    def _fetched(
+        self,
+        task_id: int,
+        success: bool,
+        now: int,
+        reason: FailureReason = FailureReason.KV_LOST,
+        detail: str = "",
+    ) -> None:
+        """A fetch is over; `reason` and `detail` of a failed one."""
         if task_id not in self._fetches:
             return
         _, source = self._fetches.pop(task_id)
@@ -298,7 +321,7 @@ class Master:
         self._outbox.peers.append((source.executor, KvReleased(source.task_id, self.name)))
         lost = self.core.fetched(task_id, success)
         if lost is not None:
-            self._fail(self._entries.pop(task_id), FailureReason.KV_LOST, lost.generated, now)
+            self._fail(self._entries.pop(task_id), reason, lost.generated, now, detail)
 
     def _peer_lost(self, executor: str, now: int) -> None:
         self._lost.add(executor)
@@ -308,6 +331,14 @@ class Master:
         for task_id, (_, source) in list(self._fetches.items()):
             if source.executor == executor and task_id not in self._copying:  # a copy under way ends by itself
                 self._fetched(task_id, False, now)
+
+    def _note_ends(self, ends: Sequence[int]) -> None:
+        self._step_ends.extend(ends)
+        if len(self._step_ends) > self._most_ends:  # times that no sequence will ask for any more
+            first = self.core.earliest_clock()
+            del self._step_ends[: first - self._first_clock]
+            self._first_clock = first
+            self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
 
     def _forget_times(self) -> None:
         """With nothing under way, nobody asks for the times of earlier steps any more."""

@@ -3,6 +3,7 @@
 import msgspec
 
 from cluster.request import Task
+from cluster.vocabulary import BLOCK_TOKENS, Role
 
 
 class Dispatch(msgspec.Struct, frozen=True, tag=True):
@@ -22,6 +23,12 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     """Take no more tasks; say when the last is gone."""
 
 
+class SwitchRole(msgspec.Struct, frozen=True, tag=True):
+    """Take the tasks of another role from here on; those at hand are finished."""
+
+    role: Role
+
+
 class KvRequested(msgspec.Struct, frozen=True, tag=True):
     """Executor `by` wants the KV cache held for `task_id`, for its own task `for_task`."""
 
@@ -31,12 +38,16 @@ class KvRequested(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvOffered(msgspec.Struct, frozen=True, tag=True):
-    """The answer: the blocks, leased until `KvReleased`; None where the KV cache is not held (any more)."""
+    """The answer: the blocks, leased until `KvReleased`; None where the KV cache is not held (any more).
+
+    `block_tokens`: positions per block, the same at both ends of a transfer.
+    """
 
     task_id: int
     for_task: int
     source: str
     blocks: list[int] | None
+    block_tokens: int = BLOCK_TOKENS
 
 
 class KvReleased(msgspec.Struct, frozen=True, tag=True):
@@ -59,4 +70,4 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
     executor: str
 
 
-Message = Dispatch | Abort | Drain | KvRequested | KvOffered | KvReleased | KvFetched | PeerLost
+Message = Dispatch | Abort | Drain | SwitchRole | KvRequested | KvOffered | KvReleased | KvFetched | PeerLost

@@ -16,7 +16,7 @@ from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, Queue
 from cluster.identity import BlockIds
 from cluster.latency import StepShape
 from cluster.request import Task
-from cluster.vocabulary import BLOCK_TOKENS, FailureReason
+from cluster.vocabulary import BLOCK_TOKENS, FailureReason, Role, TaskKind
 from flowserve.core.allocator import AllocatorKind
 from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult
 from flowserve.core.rtc import Rtc
@@ -36,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
     `kv_layout`: order of the KV cache in memory, which must be the same in engines that exchange it.
 
+    `prefill_token_budget`, `decode_token_budget`: in place of `token_budget` where an executor has that role.
+
     `order`, `victim`, `eviction`, `chunking`: policies of `cluster.engine_policy`, None for its base class.
     """
 
@@ -49,6 +51,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     allocator: AllocatorKind = "segment"
     evict_share: float = 0.03
     kv_layout: KvLayout = "layer_major"
+    prefill_token_budget: int | None = None
+    decode_token_budget: int | None = None
     order: PolicySpec | None = None
     victim: PolicySpec | None = None
     eviction: PolicySpec | None = None
@@ -59,11 +63,13 @@ class EngineConfig(msgspec.Struct, frozen=True):
             raise ValueError(f"kv_blocks is {self.kv_blocks}: an engine needs at least one KV cache block")
         if self.block_tokens < BLOCK_TOKENS or self.block_tokens % BLOCK_TOKENS:
             raise ValueError(f"block_tokens is {self.block_tokens}: allowed are multiples of {BLOCK_TOKENS}")
-        if self.max_sequences < 1 or self.token_budget < self.max_sequences:
-            raise ValueError(
-                f"token_budget {self.token_budget} is below max_sequences {self.max_sequences}: every decoding sequence"
-                " takes one token of each step, so raise token_budget or lower max_sequences"
-            )
+        for name in ("token_budget", "prefill_token_budget", "decode_token_budget"):
+            budget = getattr(self, name)
+            if self.max_sequences < 1 or (budget is not None and budget < self.max_sequences):
+                raise ValueError(
+                    f"{name} {budget} is below max_sequences {self.max_sequences}: every decoding sequence takes one "
+                    f"token of each step, so raise {name} or lower max_sequences"
+                )
         if self.max_in_flight < 1:
             raise ValueError(f"max_in_flight is {self.max_in_flight}: allowed are 1 (synchronous) and more")
         if not 0 <= self.watermark < 1:
@@ -71,12 +77,18 @@ class EngineConfig(msgspec.Struct, frozen=True):
         if not 0 <= self.evict_share < 1:
             raise ValueError(f"evict_share is {self.evict_share}: allowed is a share from 0 up to 1")
 
+    def budget(self, role: Role) -> int:
+        """Tokens per step of an executor of this role."""
+        special = {Role.PREFILL: self.prefill_token_budget, Role.DECODE: self.decode_token_budget}.get(role)
+        return self.token_budget if special is None else special
+
 
 class EngineCore:
     """Queues, batch and KV cache of one engine. Plain host logic: no clock, no threads, no tensors."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.token_budget = config.token_budget
         self.order = _policy(config.order, QueueOrder)
         self.victim = _policy(config.victim, VictimPolicy)
         self.chunking = _policy(config.chunking, ChunkPolicy)
@@ -115,7 +127,7 @@ class EngineCore:
 
     def add(self, task: Task, ids: BlockIds) -> FailureReason | None:
         """Queue a task whose context has the block identities `ids`. Returns why it cannot ever run, else None."""
-        if self._blocks_for(task.context_tokens + 1) > self.rtc.total_blocks:
+        if self._outgrows(task, task.generated):
             return FailureReason.TOO_LONG
         sequence = Sequence(task, self._arrivals, self.clock)
         self._arrivals += 1
@@ -274,6 +286,15 @@ class EngineCore:
         """Sequences that decode, in order of joining."""
         return iter(self._decoding.values())
 
+    def earliest_clock(self) -> int:
+        """The value of the decode clock from which on a sequence here has decoded, or will."""
+        return min((self._first_decode(sequence) for sequence in self._sequences.values()), default=self.clock.done)
+
+    def _first_decode(self, sequence: Sequence) -> int:
+        if sequence.runs:
+            return sequence.runs[0][0]
+        return sequence.joined if sequence.status in (Status.DECODE, Status.LAST) else self.clock.done
+
     def task_ids(self) -> list[int]:
         """Every task that still counts here, held ones included."""
         return [task_id for task_id, sequence in self._sequences.items() if sequence.status is not Status.ENDED]
@@ -294,7 +315,7 @@ class EngineCore:
 
     def _schedule_prefills(self, decodes: int, context: int, last: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        budget = self.config.token_budget - decodes
+        budget = self.token_budget - decodes
         if not (budget and (self._prefilling or self._num_waiting)):
             return chunks
         budget = min(budget, max(1, self.chunking.prompt_tokens(budget, decodes, context)))
@@ -316,7 +337,7 @@ class EngineCore:
             del self._prefilling[sequence.task_id]
             if self._remaining(sequence) <= 1:
                 last.append(sequence)
-            elif sequence.task.kind == "prefill":
+            elif sequence.task.kind is TaskKind.PREFILL:
                 sequence.status = Status.HELD
             else:
                 self._join_decodes(sequence, pending=1)
@@ -388,18 +409,23 @@ class EngineCore:
 
     def _leave_batch(self, sequence: Sequence) -> None:
         """Out of the batch, with what was derived from the clock written down."""
-        task_id = sequence.task_id
-        del self._running[task_id]
-        self._prefilling.pop(task_id, None)
+        del self._running[sequence.task_id]
+        self._prefilling.pop(sequence.task_id, None)
         if sequence.status is Status.DECODE:
-            del self._decoding[task_id]
-            self._decodes = None
-            del self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][task_id]
+            self._leave_decodes(sequence)
+        if sequence.status is Status.LAST:
             sequence.runs.append((sequence.joined, max(sequence.joined, self.clock.done)))
-            sequence.sampled, sequence.computed, sequence.limit = sequence.generated, sequence.position, None
-            self._decode_context -= sequence.computed
-            self.order.left(sequence, self.clock.issued)
+            sequence.sampled = sequence.generated
         sequence.status = Status.ENDED
+
+    def _leave_decodes(self, sequence: Sequence) -> None:
+        """No later plan decodes it; those in flight may."""
+        del self._decoding[sequence.task_id]
+        self._decodes = None
+        del self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][sequence.task_id]
+        sequence.computed, sequence.limit, sequence.status = sequence.position, None, Status.LAST
+        self._decode_context -= sequence.computed
+        self.order.left(sequence, self.clock.issued)
 
     def _decode_batch(self) -> tuple[Sequence, ...]:
         if self._decodes is None:
@@ -413,7 +439,7 @@ class EngineCore:
         while self._limits and self._limits[0][0] <= self.clock.issued:
             limit, _, sequence = heapq.heappop(self._limits)
             if sequence.status is Status.DECODE and sequence.limit == limit:
-                sequence.limit = None
+                self._leave_decodes(sequence)
                 last.append(sequence)
 
     def _grow_decodes(self) -> bool:
@@ -449,7 +475,7 @@ class EngineCore:
         sequence.preemptions += 1
         sequence.computed = 0
         sequence.target = sequence.task.request.prompt_tokens + sequence.sampled
-        if self._blocks_for(sequence.target + 1) > self.rtc.total_blocks:
+        if self._outgrows(sequence.task, sequence.sampled):
             sequence.status = Status.ENDED
             self.failed.append((sequence, FailureReason.TOO_LONG))
             self._forget(sequence)
@@ -518,6 +544,14 @@ class EngineCore:
         self._num_waiting += 1
         self.waiting_tokens += sequence.target
         self.order.push(sequence, self.clock.issued)
+
+    def _outgrows(self, task: Task, generated: int) -> bool:
+        """Whether a task has more context than the whole KV cache holds, or will have with its next token.
+
+        Of the last token it samples, the KV cache is not computed any more.
+        """
+        ends = task.kind is TaskKind.PREFILL or task.request.max_tokens - generated <= 1
+        return self._blocks_for(task.request.prompt_tokens + generated + (not ends)) > self.rtc.total_blocks
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config.block_tokens)

@@ -20,12 +20,16 @@ class DecodeClock:
 
 
 class Status(Enum):
-    """Where a sequence is. FETCHING: its KV cache is on the way; HELD: prefilled here, for another engine to fetch."""
+    """Where a sequence is. FETCHING: its KV cache is on the way; HELD: prefilled here, for another engine to fetch.
+
+    LAST: it decodes in a plan in flight for the last time that the client's limit allows.
+    """
 
     WAITING = auto()
     FETCHING = auto()
     PREFILL = auto()
     DECODE = auto()
+    LAST = auto()
     HELD = auto()
     ENDED = auto()
 
@@ -91,7 +95,7 @@ class Sequence:
     @property
     def generated(self) -> int:
         """Tokens of the request sampled by completed plans, those of earlier attempts included."""
-        if self.status is Status.DECODE:
+        if self.status is Status.DECODE or self.status is Status.LAST:
             return self.sampled + max(0, self.clock.done - self.joined)
         return self.sampled
 

@@ -6,11 +6,13 @@ needs of an engine only what `Engine` names, so that either can be replaced alon
 
 from typing import Protocol
 
-from cluster.events import Event, ExecutorDrained, LoadReport, TaskFailed, TaskProgress
+import msgspec
+
+from cluster.events import Event, ExecutorDrained, LoadReport, RoleSwitched, TaskFailed, TaskProgress
 from cluster.identity import BlockIds
 from cluster.request import Task
-from cluster.vocabulary import SERVES, ExecutorSpec, FailureReason
-from flowserve.core.messages import Dispatch, Drain, KvOffered, KvRequested, Message
+from cluster.vocabulary import SERVES, ExecutorSpec, FailureReason, Role
+from flowserve.core.messages import Dispatch, Drain, KvOffered, KvRequested, Message, SwitchRole
 from flowserve.core.outbox import NOTHING, Load, Outbox
 
 
@@ -19,6 +21,10 @@ class Engine(Protocol):
 
     def receive(self, message: Message, now: int, ids: BlockIds = ()) -> None:
         """Take one message. `ids`: block identities of the context, with a `Dispatch`."""
+        ...
+
+    def serve(self, role: Role) -> None:
+        """Work within the limits that hold for this role from here on; tasks of any kind at hand are finished."""
         ...
 
     def load(self) -> Load:
@@ -55,10 +61,12 @@ class TeShell:
         self._next_report = 0
         self._changed = True
         self._drained = False
+        self._switched = False
 
     def attach(self, engine: Engine) -> None:
         """From here on there is an engine behind this shell."""
         self.engine = engine
+        engine.serve(self.spec.role)
         self._changed = True
 
     def detach(self, why: str) -> None:
@@ -73,6 +81,8 @@ class TeShell:
         match message:
             case Drain():
                 self.draining = True
+            case SwitchRole():
+                self._switch(message.role, now)
             case Dispatch() if (refusal := self._refusal(message.task)) is not None:
                 self._refuse(message, *refusal, now)
             case _ if self.engine is not None:
@@ -87,8 +97,16 @@ class TeShell:
         if self.engine is None:
             return FailureReason.NOT_SERVING, f"{self.name} takes no tasks: {self.absence}"
         if task.kind is not SERVES[self.spec.role]:
-            return FailureReason.INVALID, ""
+            # The sender may not have heard of a switch yet: that is nobody's mistake.
+            return (FailureReason.ROLE_SWITCHED if self._switched else FailureReason.INVALID), ""
         return None
+
+    def _switch(self, role: Role, now: int) -> None:
+        """The cache and the tasks at hand stay as they are: only what is taken from here on differs."""
+        self.spec, self._switched = msgspec.structs.replace(self.spec, role=role), True
+        if self.engine is not None:
+            self.engine.serve(role)
+        self._emit(RoleSwitched(to="cm", time=now, occurred=now, executor=self.name, spec=self.spec))
 
     def _refuse(self, message: Dispatch, reason: FailureReason, detail: str, now: int) -> None:
         task = message.task

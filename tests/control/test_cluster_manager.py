@@ -1,6 +1,6 @@
 """The cluster manager, event by event: how many executors it runs, and how each of them comes and goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -14,9 +14,10 @@ from cluster.actions import (
     OpenDoors,
     RetireExecutor,
     SetTimer,
+    SwitchRole,
 )
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.policy import GroupLoad, ScalingPolicy
+from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.vocabulary import NS_PER_S, ExecutorState, Role
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
@@ -376,6 +377,93 @@ def test_an_unused_executor_that_dies_while_draining_is_not_replaced() -> None:
     office.tick()
     assert office.failed("te-1") == [announcement("te-1", ExecutorState.GONE)]
     assert office.drained("te-1") == []
+
+
+# -- role switches -------------------------------------------------------------------------------------------------
+
+
+class Mover(Wish):
+    """Asks once for a switch, and wants every group as large as it is then."""
+
+    def __init__(self, *moves: RoleSwitch) -> None:
+        super().__init__(1)
+        self.moves: tuple[RoleSwitch, ...] = moves
+        self.armed = False
+
+    def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
+        moves, self.armed = (self.moves if self.armed else ()), False
+        return moves
+
+    def desired(self, load: GroupLoad, now_ns: int) -> int:
+        super().desired(load, now_ns)
+        return load.ready + load.pending
+
+
+def pair_of_groups(policy: ScalingPolicy, prefill: GroupPlan, decode: GroupPlan) -> Office:
+    office = Office(policy, (prefill, decode))
+    office.ready(*office.specs)
+    return office
+
+
+P_TO_D = RoleSwitch(MODEL, Role.PREFILL, Role.DECODE)
+
+
+def test_the_least_loaded_executor_switches_and_is_announced_when_it_has() -> None:
+    """The action goes to the one with the least to do; job executors hear of its new role after it took it."""
+    policy = Mover(P_TO_D)
+    office = pair_of_groups(
+        policy, GroupPlan(make_spec(Role.PREFILL), 3, 1, 3), GroupPlan(make_spec(Role.DECODE), 1, 1, 3)
+    )
+    for name, waiting in (("te-0", 4), ("te-1", 0), ("te-2", 2)):
+        office.hear(load_report(name, waiting=waiting))
+    policy.armed = True
+    assert office.tick()[:-1] == [SwitchRole("te-1", Role.DECODE)]
+    assert [(load.role, load.ready) for load in policy.shown[-2:]] == [(Role.PREFILL, 2), (Role.DECODE, 2)]
+    switched = ev.RoleSwitched(
+        to="cm", time=office.now, occurred=office.now, executor="te-1", spec=make_spec(Role.DECODE)
+    )
+    assert office.hear(switched) == [announcement("te-1", ExecutorState.READY, role=Role.DECODE)]
+    assert office.failed("te-1")[0] == announcement("te-1", ExecutorState.GONE, role=Role.DECODE)
+    assert office.hear(switched) == []
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "move"),
+    [
+        ((1, 1, 3), (1, 1, 3), P_TO_D),
+        ((2, 1, 3), (1, 1, 1), P_TO_D),
+        ((2, 1, 3), (1, 1, 3), RoleSwitch(MODEL, Role.PREFILL, Role.COLOCATED)),
+        ((2, 1, 3), (1, 1, 3), RoleSwitch("other", Role.PREFILL, Role.DECODE)),
+        ((2, 1, 3), (1, 1, 3), RoleSwitch(MODEL, Role.PREFILL, Role.PREFILL)),
+    ],
+)
+def test_a_switch_that_no_plan_allows_is_not_made(
+    prefill: tuple[int, int, int], decode: tuple[int, int, int], move: RoleSwitch
+) -> None:
+    """Below the minimum, above the maximum, or to a group that there is not."""
+    policy = Mover(move)
+    groups = GroupPlan(make_spec(Role.PREFILL), *prefill), GroupPlan(make_spec(Role.DECODE), *decode)
+    office = pair_of_groups(policy, *groups)
+    policy.armed = True
+    assert not any(isinstance(action, SwitchRole) for action in office.tick())
+
+
+def test_an_executor_that_leaves_while_it_switches_is_not_announced_again() -> None:
+    """Drained before its answer came: it stays announced as draining."""
+    policy = Mover(RoleSwitch(MODEL, Role.DECODE, Role.PREFILL))
+    office = pair_of_groups(
+        policy, GroupPlan(make_spec(Role.PREFILL), 1, 1, 3), GroupPlan(make_spec(Role.DECODE), 2, 1, 3)
+    )
+    policy.armed = True
+    [switch, *_] = office.tick()
+    assert isinstance(switch, SwitchRole)
+    policy.desired = lambda load, now_ns: 1  # type: ignore[method-assign]
+    office.tick()
+    assert switch.executor in office.draining()
+    switched = ev.RoleSwitched(
+        to="cm", time=office.now, occurred=office.now, executor=switch.executor, spec=make_spec(Role.PREFILL)
+    )
+    assert office.hear(switched) == []
 
 
 # -- user errors ----------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ EVENTS: list[Event] = [
     load_report("te-1", 5, waiting=2, running=1, free=30),
     ev.DemandReported(**AT, model=MODEL, parked=4),
     ev.ExecutorDrained(**AT, executor="te-1"),
+    ev.RoleSwitched(**AT, executor="te-1", spec=make_spec(Role.DECODE)),
     ev.ExecutorRetired(**AT, executor="te-1"),
     ev.ExecutorFailed(**AT, executor="te-1", reason="signal 9"),
 ]
@@ -100,6 +101,7 @@ PERFORMED: list[Action] = [
     act.AbortTask("te-1", 2),
     act.LaunchExecutor("te-1", make_spec()),
     act.DrainExecutor("te-1"),
+    act.SwitchRole("te-1", Role.DECODE),
     act.RetireExecutor("te-1"),
     act.EndRun(),
 ]

@@ -288,6 +288,21 @@ def test_a_lost_decode_is_prefilled_again(reason: FailureReason) -> None:
     assert (desk.je.fleet.role_of("d0") is None) == (reason is FailureReason.EXECUTOR_LOST)
 
 
+def test_an_executor_that_switched_its_role_is_not_lost() -> None:
+    """A refusal because of a new role costs no attempt, and the executor with its load moves to its new group."""
+    desk = Desk(("p0", Role.PREFILL), ("d0", Role.DECODE), max_attempts=1)
+    desk.request()
+    desk.failed(desk.dispatched, FailureReason.ROLE_SWITCHED)
+    late = desk.dispatched
+    assert late.executor == "p0"  # nobody has said yet what it is now
+    desk.announce("p0", Role.COLOCATED)
+    assert desk.je.fleet.role_of("p0") is Role.COLOCATED
+    assert len(desk.je.fleet.group(MODEL, Role.PREFILL)) == 0
+    assert desk.je.fleet.group(MODEL, Role.COLOCATED).outstanding.tolist() == [1]
+    desk.failed(late, FailureReason.ROLE_SWITCHED)
+    assert desk.dispatched.task.kind is TaskKind.SERVE
+
+
 def test_stale_events_are_ignored() -> None:
     """What comes late from an earlier attempt changes nothing about the present one."""
     desk = Desk(("te-0", Role.COLOCATED), ("te-1", Role.COLOCATED))

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from cluster import identity
-from cluster.vocabulary import FailureReason, TaskKind
+from cluster.vocabulary import FailureReason, Role, TaskKind
 from flowserve.core.plan import Plan, StepResult
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence, Status
@@ -175,12 +175,42 @@ def test_what_outgrows_the_whole_cache_fails() -> None:
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
-    """A prompt that leaves no room for a single token is refused; one that leaves room for one is taken."""
+    """A prompt that leaves no room for its second token is refused, unless there is none here; else it is taken."""
     core = engine(kv_blocks=2)
     assert add(core, 0, 32) is FailureReason.TOO_LONG
     assert add(core, 1, 30, generated=2) is FailureReason.TOO_LONG
     assert core.idle
     assert add(core, 2, 31) is None
+    assert add(core, 3, 33, limit=1) is FailureReason.TOO_LONG
+    assert add(core, 4, 32, limit=1) is None
+    assert add(core, 5, 32, kind=TaskKind.PREFILL) is None
+    assert add(core, 6, 30, limit=3, generated=2) is None
+    for task_id in (2, 5):
+        core.abort(task_id)
+    for _ in range(2):
+        step(core)
+    assert core.idle
+
+
+def test_no_token_is_computed_behind_the_limit() -> None:
+    """With several plans in flight, a sequence is in no plan behind the one that reaches its limit."""
+    for depth in (1, 2, 3):
+        core = engine(depth=depth)
+        add(core, 0, 10, 4)
+        add(core, 1, 10, 9)
+        decoded: list[int] = []
+        while not core.idle:
+            while (plan := core.schedule()) is not None:
+                decoded += [sequence.task_id for sequence in plan.decodes]
+            core.complete(core.in_flight[0], ())
+        assert (decoded.count(0), decoded.count(1)) == (3, 8)
+
+
+def test_the_budget_may_differ_by_role() -> None:
+    """An executor that only prefills may take more tokens per step than one that decodes beside."""
+    config = EngineConfig(20, 16, 64, 4, prefill_token_budget=128, decode_token_budget=32)
+    assert [config.budget(role) for role in (Role.COLOCATED, Role.PREFILL, Role.DECODE)] == [64, 128, 32]
+    assert EngineConfig(20, 16, 64, 4).budget(Role.PREFILL) == 64
 
 
 def test_a_prefill_task_holds_its_cache_until_released() -> None:
@@ -352,6 +382,7 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
         ({"kv_blocks": 1, "block_tokens": 8}, "block_tokens is 8"),
         ({"kv_blocks": 1, "block_tokens": 24}, "multiples of 16"),
         ({"kv_blocks": 1, "token_budget": 8, "max_sequences": 9}, "raise token_budget or lower max_sequences"),
+        ({"kv_blocks": 1, "decode_token_budget": 8}, "raise decode_token_budget or lower max_sequences"),
         ({"kv_blocks": 1, "max_in_flight": 0}, "max_in_flight is 0"),
         ({"kv_blocks": 1, "watermark": 1.0}, "watermark is 1.0"),
         ({"kv_blocks": 1, "evict_share": 1.0}, "evict_share is 1.0"),

@@ -122,6 +122,16 @@ class EngineMachine(RuleBasedStateMachine):
             self.written[plan.number].add(sequence.blocks[position // self.config.block_tokens])
         self.next_position[sequence.task_id] = start + count
 
+    @property
+    def room(self) -> int:
+        return self.config.kv_blocks * self.config.block_tokens
+
+    def needs(self, task_id: int, generated: int) -> int:
+        """Positions that the next token needs: its own, too, unless it is the last that this engine samples."""
+        task = self.tasks[task_id]
+        last = task.kind is TaskKind.PREFILL or task.request.max_tokens - generated <= 1
+        return task.request.prompt_tokens + generated + (0 if last else 1)
+
     # -- what the driver does -------------------------------------------------------------------------------------
 
     @rule(
@@ -141,8 +151,7 @@ class EngineMachine(RuleBasedStateMachine):
         ids = identity.of_context(task_id, task.request.max_tokens, known)
         refusal = self.core.add(task, ids)
         self.tasks[task_id] = task
-        room = self.config.kv_blocks * self.config.block_tokens
-        assert refusal == (FailureReason.TOO_LONG if prompt + generated + 1 > room else None)
+        assert refusal == (FailureReason.TOO_LONG if self.needs(task_id, generated) > self.room else None)
         self.state[task_id] = "live" if refusal is None else "refused"
         self.ids[task_id], self.tokens[task_id] = ids, generated
         self.next_position[task_id], self.preempted[task_id] = None, 0
@@ -165,8 +174,7 @@ class EngineMachine(RuleBasedStateMachine):
         plan = self.core.schedule()
         for sequence, reason in self.core.failed:
             assert reason is FailureReason.TOO_LONG
-            needed = sequence.task.request.prompt_tokens + self.tokens[sequence.task_id] + 1
-            assert needed > self.config.kv_blocks * self.config.block_tokens
+            assert self.needs(sequence.task_id, self.tokens[sequence.task_id]) > self.room
             assert sequence.generated == self.tokens[sequence.task_id]
             self.ends(sequence.task_id, "failed")
         self.core.failed.clear()
@@ -199,7 +207,9 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(self.state[sequence.task_id] == "live" for sequence in plan.sampling)
         context = attention = 0
         for sequence in plan.decodes:
-            assert sequence.status is Status.DECODE
+            assert sequence.status in (Status.DECODE, Status.LAST)
+            request = sequence.task.request
+            assert sequence.position <= request.prompt_tokens + request.max_tokens - 1, "a token too many"
             context += sequence.position
             self.compute(plan, sequence, sequence.position - 1, 1)
         for sequence, start, count, samples in plan.chunks:

@@ -21,6 +21,7 @@ from flowserve.core.messages import (
     KvRequested,
     Message,
     PeerLost,
+    SwitchRole,
 )
 from flowserve.core.outbox import Transfer
 from flowserve.core.plan import Plan
@@ -541,6 +542,103 @@ def test_a_fetched_task_that_ends_with_a_recomputed_prompt_keeps_its_times_in_or
     assert finished[1].preemptions == 1
     assert finished[1].tokens == 7
     assert all(gap > 0 for gap in finished[1].token_gaps_ns)
+
+
+@given(
+    events=st.lists(
+        st.tuples(st.integers(0, 9), st.integers(1, 80), st.integers(1, 12), st.integers(1, 12)), max_size=12
+    ),
+    aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 60), max_size=12),
+    depth=st.integers(1, 3),
+    blocks=st.integers(6, 20),
+    delay=st.integers(0, 3),
+    switch=st.none() | st.integers(0, 40),
+)
+@settings(max_examples=150)
+def test_aborts_at_any_moment_leave_nothing_behind(
+    events: list[tuple[int, int, int, int]],
+    aborts: dict[int, int],
+    depth: int,
+    blocks: int,
+    delay: int,
+    switch: int | None,
+) -> None:
+    """Prefill here and decode there, with messages that take their time, and every task may be let go of at any turn,
+    perhaps while the prefill executor has switched sides: each ends once, and all blocks are free in the end.
+    """
+    config = EngineConfig(blocks, 16, 32, 4, depth)
+    benches = {"p": Bench(Role.PREFILL, config, "p"), "d": Bench(Role.DECODE, config, "d")}
+    post: list[tuple[int, str, Message]] = []
+    seen = {"p": 0, "d": 0}
+    ended: dict[int, str] = {}
+    requests = {number: (prompt, limit) for number, (_, prompt, _, limit) in enumerate(events)}
+    for number, (at, prompt, output, limit) in enumerate(events):
+        benches["p"].stops[number], benches["d"].stops[number + 100] = output, output - 1
+        post.append((at, "p", Dispatch("je", make_task(number, prompt, limit, TaskKind.PREFILL))))
+    if switch is not None:
+        post.append((switch, "p", SwitchRole(Role.COLOCATED)))
+    for turn in range(2000):
+        for number, at in aborts.items():
+            if at == turn and number in requests:
+                post += [(turn, "p", Abort(number)), (turn, "d", Abort(number + 100))]
+        due, post = [each for each in post if each[0] <= turn], [each for each in post if each[0] > turn]
+        for _, name, message in due:
+            benches[name].give(message)
+        for name, bench in benches.items():
+            bench.step()
+            for event in bench.events[seen[name] :]:
+                if isinstance(event, ev.TaskFinished) and not event.stopped:
+                    number, (prompt, limit) = event.task_id, requests[event.task_id]
+                    task = Task(
+                        number + 100, make_request(number, prompt, limit), TaskKind.DECODE, 1, KvSource("p", number)
+                    )
+                    post.append((turn + delay, "d", Dispatch("je", task)))
+                    if aborts.get(number, turn) < turn:  # aborted in vain: the job executor lets go of what is held
+                        post.append((turn + delay + 1, "d", Abort(number + 100)))
+                if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
+                    assert event.task_id not in ended
+                    ended[event.task_id] = type(event).__name__
+                    if isinstance(event, ev.TaskFailed | ev.TaskAborted) and event.task_id >= 100:
+                        post.append((turn + delay, "p", Abort(event.task_id - 100)))
+            seen[name] = len(bench.events)
+            for other, message in bench.peers:
+                post.append((turn + delay, other, message))
+            for transfer in bench.transfers:
+                post.append((turn + 2 * delay, name, KvFetched(transfer.task_id, True)))
+            bench.peers.clear()
+            bench.transfers.clear()
+        if not post and all(bench.shell.core.idle for bench in benches.values()) and turn > 60:
+            break
+    for name, bench in benches.items():
+        assert bench.shell.core.idle, f"{name} keeps {bench.shell.core.task_ids()}, held {list(bench.shell.core.held)}"
+        assert bench.shell.core.rtc.available == blocks
+    assert {number for number in ended if number < 100} == set(requests)
+
+
+def test_step_times_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that is never idle keeps the times that sequences on it still need, and no others."""
+    monkeypatch.setattr("flowserve.core.master.FEWEST_ENDS", 8)
+    bench = Bench()
+    for number in range(60):
+        bench.stops[number] = 10 + number % 3
+        bench.dispatch(make_task(number))
+        bench.step(5)
+    assert len(bench.shell.master._step_ends) <= 2 * 12 + 5
+    bench.step(20)
+    for event in bench.finished():
+        assert event.token_gaps_ns == tuple(b - a for a, b in pairwise(bench.sampled[event.task_id]))
+    assert len(bench.finished()) == 60
+
+
+def test_blocks_of_another_size_are_not_fetched() -> None:
+    """A decode task whose cache lies in blocks of another size fails with what to do, and lets go of the lease."""
+    bench = fetching()
+    bench.give(KvOffered(1000, 0, "source", [7], 128))
+    [failed] = [event for event in bench.events if isinstance(event, ev.TaskFailed)]
+    assert failed.reason is FailureReason.INVALID
+    assert "source keeps 128 tokens per KV cache block and te 16" in failed.detail
+    assert bench.peers[-1] == ("source", KvReleased(1000, "te"))
+    assert bench.shell.core.idle
 
 
 # -- load reports ---------------------------------------------------------------------------------------------------

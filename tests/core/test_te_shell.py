@@ -7,7 +7,7 @@ import pytest
 from cluster import events as ev
 from cluster.identity import BlockIds
 from cluster.vocabulary import FailureReason, Role, TaskKind
-from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvReleased, KvRequested, Message
+from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvReleased, KvRequested, Message, SwitchRole
 from flowserve.core.outbox import NOTHING, Load, Outbox
 from flowserve.core.shell import TeShell
 from tests.builders import make_spec, make_task
@@ -22,6 +22,9 @@ class Counter:
 
     def receive(self, message: Message, now: int, ids: BlockIds = ()) -> None:
         self.taken.append(message)
+
+    def serve(self, role: Role) -> None:
+        self.role = role
 
     def load(self) -> Load:
         return NOTHING._replace(waiting=len(self.taken), total_blocks=7)
@@ -98,6 +101,22 @@ def test_takes_what_its_role_serves() -> None:
     assert refusals(outbox) == [(FailureReason.INVALID, "")]
     task: Any = make_task(1, kind=TaskKind.PREFILL)
     shell.receive(Dispatch("je", task), 0)
+    assert len(engine.taken) == 1
+
+
+def test_a_switch_of_role_changes_what_is_taken() -> None:
+    """From the message on, tasks of the new kind are taken and the old kind goes back, for another to take."""
+    shell, outbox = make_shell(Role.PREFILL)
+    engine = Counter()
+    shell.attach(engine)
+    shell.receive(SwitchRole(Role.DECODE), 3)
+    [switched] = [event for event in outbox.take().events if isinstance(event, ev.RoleSwitched)]
+    assert (switched.to, switched.time, switched.spec) == ("cm", 3, make_spec(Role.DECODE))
+    assert engine.role is Role.DECODE
+    shell.receive(Dispatch("je", make_task(0, kind=TaskKind.PREFILL)), 4)
+    assert refusals(outbox) == [(FailureReason.ROLE_SWITCHED, "")]
+    assert FailureReason.ROLE_SWITCHED.retriable
+    shell.receive(Dispatch("je", make_task(1, kind=TaskKind.DECODE, generated=1, source="p")), 4)
     assert len(engine.taken) == 1
 
 

@@ -114,5 +114,5 @@ def test_lockstep_can_fail(recorded: Recorded) -> None:
     assert difference is not None
     assert (difference.turn, difference.what) == (place, "plans")
     lockstep = _lockstep(name, recorded.limits, turns)
-    lockstep.executor.shell.core.config = msgspec.structs.replace(recorded.limits, token_budget=48)
+    lockstep.executor.shell.core.token_budget = 48
     assert lockstep.run() is not None

@@ -1,15 +1,19 @@
 """Policies inside the engine: what whole runs, simulated and real, show of each."""
 
+import json
+from math import inf
 from statistics import mean
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cluster.engine_policy import PolicySpec, QueueOrder
 from cluster.events import FirstToken, TaskFinished
 from cluster.request import Arrival
 from cluster.vocabulary import Outcome
 from flowserve.core.scheduler import EngineConfig, EngineCore
+from sim.cluster import Failure
 from sim.latency import Constant
 from tests.builders import Run, chain, make_arrival, run_sim
 from tests.contract.backends import BACKENDS, Driver
@@ -58,6 +62,95 @@ def test_shortest_prompt_lowers_the_mean_time_to_first_token() -> None:
     assert ttft(serve(workload, max_sequences=1)) == ttft(fcfs)  # the default
 
 
+def test_important_requests_go_first() -> None:
+    """Under overload, requests of higher priority wait less, at the cost of the others; nothing else changes."""
+    workload = [make_arrival(n, at_s=0.05 * n, prompt=100, output=2, priority=int(n % 4 == 3)) for n in range(60)]
+    fcfs, priority = (
+        serve(workload, max_sequences=1, order=order) for order in (None, spec("order.priority.Priority"))
+    )
+    important = [n for n in range(8, 60) if n % 4 == 3]
+    waited = [mean(ttft(run)[n] for n in important) for run in (fcfs, priority)]
+    assert waited[1] < 0.3 * waited[0]
+    assert mean(ttft(priority)) == pytest.approx(mean(ttft(fcfs)), rel=0.02)
+
+
+def met(run: Run, due_s: dict[int, float]) -> int:
+    ends = {n: row["last_token_ns"] - row["arrival_ns"] for n, row in run.rows.items()}
+    return sum(ends[n] <= seconds * 1e9 for n, seconds in due_s.items())
+
+
+def test_earliest_deadline_first_meets_more_deadlines() -> None:
+    """Urgent requests among patient ones: in order of arrival many come too late, by deadline none does."""
+    due_s = {n: 0.7 if n % 5 == 4 else 30.0 for n in range(50)}
+    workload = [make_arrival(n, at_s=0.09 * n, prompt=100, output=2, deadline_s=due_s[n]) for n in range(50)]
+    fcfs, edf = (
+        serve(workload, max_sequences=1, order=order)
+        for order in (None, spec("order.earliest_deadline.EarliestDeadline"))
+    )
+    assert met(edf, due_s) == 50
+    assert met(fcfs, due_s) <= 45
+
+
+def test_a_deadline_counts_from_the_arrival_of_the_request() -> None:
+    """Waiting at a job executor counts, and so does a failed attempt: the task of a retry is due when the first was."""
+    run = run_sim([make_arrival(0, at_s=1.0, deadline_s=2.5, output=90)], executors=2, failures=[Failure(1.2, "te-1")])
+    tasks = [json.loads(line)["actions"] for line in run.log.splitlines()[1:]]
+    due = [action["task"]["deadline_ns"] for actions in tasks for action in actions if action["type"] == "DispatchTask"]
+    assert due == [3_500_000_000] * 2
+
+
+def stream_of(tenant: str, count: int, start_s: float, every_s: float) -> list[Arrival]:
+    return [make_arrival(n, at_s=start_s + every_s * n, prompt=50, output=20, tenant=tenant) for n in range(count)]
+
+
+def merged(*streams: list[Arrival]) -> list[Arrival]:
+    """All arrivals in order of time, numbered anew."""
+    arrivals = sorted((arrival for stream in streams for arrival in stream), key=lambda arrival: arrival.at_ns)
+    return [
+        replace(arrival, request=replace(arrival.request, request_id=number)) for number, arrival in enumerate(arrivals)
+    ]
+
+
+def started(run: Run, workload: list[Arrival], tenant: str, from_s: float = 0.0, to_s: float = inf) -> int:
+    """How many requests of a tenant had their first token in a span of time."""
+    own = [arrival.request.request_id for arrival in workload if arrival.request.tenant == tenant]
+    return sum(from_s * 1e9 < run.rows[number]["first_token_ns"] <= to_s * 1e9 for number in own)
+
+
+def test_a_heavy_tenant_does_not_starve_a_light_one() -> None:
+    """One tenant sends ten times as much as another: by virtual token counters the light one hardly waits."""
+    workload = merged(stream_of("heavy", 200, 0.0, 0.005), stream_of("light", 20, 0.5, 0.05))
+    fcfs, fair = (serve(workload, max_sequences=4, order=order) for order in (None, spec("order.fair.Fair")))
+    assert started(fair, workload, "light", to_s=4.0) > 3 * started(fcfs, workload, "light", to_s=4.0)
+    assert started(fair, workload, "heavy", to_s=4.0) >= 10
+    assert column(fair, "output_tokens") == column(fcfs, "output_tokens")
+
+
+def test_fair_order_is_the_same_in_coalesced_steps() -> None:
+    """The head of the queue moves as others are served; steps taken at once do not pass over that."""
+    workload = [
+        make_arrival(n, at_s=0.02 * n, prompt=30 + 7 * n % 90, output=10 + 13 * n % 60, limit=200, tenant="abc"[n % 3])
+        for n in range(60)
+    ]
+    logs = [
+        run_sim(
+            workload,
+            engine=EngineConfig(40, max_sequences=6, watermark=0.0, order=spec("order.fair.Fair")),
+            coalesce=coalesce,
+        ).log
+        for coalesce in (True, False)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_idle_time_earns_no_credit() -> None:
+    """A tenant that comes after the other was served for long shares from then on; it is not served alone first."""
+    workload = merged(stream_of("a", 120, 0.0, 0.01), stream_of("b", 60, 2.0, 0.01))
+    run = serve(workload, max_sequences=4, order=spec("order.fair.Fair"))
+    assert started(run, workload, "b", 2.5, 5.0) >= 10
+    assert abs(started(run, workload, "a", 2.5, 5.0) - started(run, workload, "b", 2.5, 5.0)) <= 2
+
+
 # -- preemption victim ----------------------------------------------------------------------------------------------
 
 
@@ -72,6 +165,17 @@ def test_the_smallest_victim_costs_least() -> None:
     assert column(newest, "preemptions") == [0, 1]
     assert column(fewest, "preemptions") == [1, 0]
     assert fewest.recorder.end_ns < newest.recorder.end_ns - 0.2e9
+
+
+def test_the_least_important_is_preempted() -> None:
+    """With a victim policy the important request keeps its blocks though it is the newest."""
+    workload = [make_arrival(0, prompt=100, output=150), make_arrival(1, at_s=0.2, prompt=100, output=150, priority=1)]
+    limits: dict[str, Any] = {"kv_blocks": 20, "watermark": 0.0}
+    newest = serve(workload, **limits)
+    lowest = serve(workload, victim=spec("victim.lowest_priority.LowestPriority"), **limits)
+    assert column(newest, "preemptions")[0] == 0 < column(newest, "preemptions")[1]
+    assert column(lowest, "preemptions")[1] == 0 < column(lowest, "preemptions")[0]
+    assert lowest.rows[1]["last_token_ns"] < newest.rows[1]["last_token_ns"]
 
 
 # -- cache eviction -------------------------------------------------------------------------------------------------

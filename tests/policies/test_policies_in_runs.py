@@ -143,4 +143,4 @@ def test_a_policy_sees_no_answer() -> None:
     """What a policy is given of a request does not contain the true output length."""
     assert "output_tokens" not in Request.__struct_fields__
     assert "answer" not in Request.__struct_fields__
-    assert set(Task.__struct_fields__) == {"task_id", "request", "kind", "generated", "kv"}
+    assert set(Task.__struct_fields__) == {"task_id", "request", "kind", "generated", "kv", "deadline_ns"}

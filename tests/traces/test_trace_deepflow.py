@@ -43,6 +43,10 @@ def workloads(draw: st.DrawFn, with_ids: bool) -> list[Arrival]:
             ids = answer_ids[: prompt // 16]
             answer_ids = draw(st.sampled_from([None, answer_ids]))
         request = Request(number, prompt, output + draw(st.integers(0, 9)), "m", ids, draw(TENANTS))
+        if draw(st.booleans()):
+            request = msgspec.structs.replace(
+                request, priority=draw(st.integers(-3, 3)), deadline_ns=draw(st.none() | st.integers(1, 10**15))
+            )
         answer, cancel = Answer(output, answer_ids), draw(st.none() | TIMES)
         arrivals.append(Arrival(request, answer, at_ns if after is None else 0, after, cancel))
     return arrivals
@@ -112,6 +116,8 @@ FOLLOW = '{"prompt_tokens":20,"output_tokens":14,'
         (ROW.replace("14}", '14,"request_id":0}'), "field request_id is 0: allowed is more than 0"),
         (ROW.replace("14}", '14,"tenant":7}'), "field tenant is 7: allowed is a text"),
         (ROW.replace("14}", '14,"cancel_after_s":-7}'), "field cancel_after_s is -7"),
+        (ROW.replace("14}", '14,"priority":0.5}'), "field priority is 0.5: allowed is a whole number"),
+        (ROW.replace("14}", '14,"deadline_s":0}'), "field deadline_s is 0: allowed is more than 0"),
         (ROW.replace("14}", '14,"block_ids":[]}'), r"field block_ids is \[\]: allowed is a list of 1 whole numbers"),
         (ROW.replace("14}", '14,"block_ids":[99999999999999999999]}'), "field block_ids"),
         (ROW.replace("14}", '14,"answer_block_ids":[1,2]}'), "field answer_block_ids is .* begins with block_ids"),

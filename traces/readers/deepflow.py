@@ -10,6 +10,8 @@ One request per row, in order of arrival. Times are seconds with up to nine deci
 | request_id | no | whole number, greater than in the row above; else the row's index from 0 |
 | max_tokens | no | the client's limit, at least output_tokens; else what the reader is told |
 | tenant | no | text |
+| priority | no | whole number, the larger the more important; else 0 |
+| deadline_s | no | the whole answer is due so long after the request arrived, more than 0 |
 | block_ids | no, JSONL only | chained ids of the prompt's full 16-token blocks: equal ids, equal prefix |
 | answer_block_ids | no, JSONL only | the same for prompt and output together; begins with block_ids |
 | after_event | closed loop | `first_token` or `ended`: the event waited for, instead of arrival_s |
@@ -50,6 +52,8 @@ CSV_FIELDS = (
     "output_tokens",
     "max_tokens",
     "tenant",
+    "priority",
+    "deadline_s",
     "cancel_after_s",
 )
 JSONL_FIELDS = (*CSV_FIELDS, "block_ids", "answer_block_ids")
@@ -93,6 +97,8 @@ class DeepFlowTrace(FileTrace):
             model=self.model,
             block_ids=row.numbers("block_ids", full, "prompt_tokens // 16") if row.has("block_ids") else None,
             tenant=row.text("tenant"),
+            priority=row.integer("priority", least=-_MOST, most=_MOST) if row.has("priority") else 0,
+            deadline_ns=_deadline(row) if row.has("deadline_s") else None,
         )
 
     def _answer(self, row: Row, request: Request) -> Answer:
@@ -113,6 +119,13 @@ def _rows(file: Path) -> Iterator[Row]:
         case ".jsonl":
             return jsonl_rows(file)
     raise TraceError(f"{file}: the ending is {file.suffix!r}: allowed is .csv or .jsonl; rename or convert the file")
+
+
+def _deadline(row: Row) -> int:
+    deadline_ns = row.time_ns("deadline_s")
+    if deadline_ns == 0:
+        raise row.error("deadline_s", "more than 0", "leave it out where there is none")
+    return deadline_ns
 
 
 def _trigger(row: Row, request_id: int) -> Trigger | None:
