@@ -110,6 +110,9 @@ class QueueOrder:
     def left(self, sequence: EngineSequence, steps: int) -> None:
         """It decodes no more."""
 
+    def verified(self, sequence: EngineSequence, tokens: int) -> None:
+        """It speculates, and got so many tokens from one step; such a sequence never joins or leaves."""
+
 
 class VictimPolicy:
     """Who is preempted when a decoding sequence finds no block. The base takes the one admitted last."""

@@ -8,7 +8,8 @@ class StepShape(NamedTuple):
 
     `prefill_tokens`: prompt tokens in the step. `prefill_attention`: sum over chunks of tokens x keys each attends
     to (causal, so start·n + n(n+1)/2). `prefill_chunks`: how many chunks. `decode_sequences`: sequences that decode
-    one token. `decode_context`: sum of their context lengths, in tokens.
+    one token. `decode_context`: sum of their context lengths, in tokens. `draft_tokens`: guesses that are verified
+    beside them, which go through the model like prompt tokens but read no more context.
     """
 
     prefill_tokens: int
@@ -16,6 +17,7 @@ class StepShape(NamedTuple):
     prefill_chunks: int
     decode_sequences: int
     decode_context: int
+    draft_tokens: int = 0
 
 
 class LatencyModel(Protocol):

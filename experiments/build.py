@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from omegaconf import DictConfig
 
+from cluster.acceptance import Acceptance
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
@@ -108,6 +109,7 @@ class SimSettings(msgspec.Struct, frozen=True):
     report_period_s: float
     coalesce: bool
     record: bool
+    draft_acceptance: float
 
 
 class RealSettings(msgspec.Struct, frozen=True):
@@ -124,6 +126,7 @@ class RealSettings(msgspec.Struct, frozen=True):
     keep_outputs: bool
     step_s: float
     prefill_token_s: float
+    draft_acceptance: float
 
 
 def check_types(cfg: DictConfig) -> None:
@@ -327,6 +330,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 contention=hardware.contention,
                 host_step_s=hardware.host_step_s,
+                acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
                 link=lambda: Link(
                     hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s
                 ),
@@ -371,10 +375,17 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     backend, vocab = cfg.backend, model_shape(cfg).vocab
     device: NullDevice | TorchDevice
     if device_name(cfg) == "null":
-        device = NullDevice(backend.step_s, backend.prefill_token_s, vocab)
+        acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
+        device = NullDevice(backend.step_s, backend.prefill_token_s, vocab, acceptance)
     else:
         device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads)
     engines = {group.spec: Engine(engine_config(cfg, group.spec.npus), device) for group in groups(cfg)}
+    for engine in engines.values():
+        if engine.engine.speculative_tokens and not isinstance(device, NullDevice):
+            raise ValueError(
+                f"engine.speculative_tokens is {engine.engine.speculative_tokens}: engines on torch do not speculate,"
+                " allowed is 0 (the simulator and the null device take more)"
+            )
     logs = None
     if folder is not None:
         logs = folder / "engines"

@@ -9,6 +9,7 @@ import msgspec
 import simpy
 
 from cluster import events as ev
+from cluster.acceptance import Acceptance
 from cluster.actions import (
     AbortTask,
     Action,
@@ -30,6 +31,7 @@ from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core import messages
 from flowserve.core.messages import Abort, Dispatch, Drain, KvFetched, KvOffered, KvRequested, Message, PeerLost
 from flowserve.core.outbox import Outbox, Transfer
+from flowserve.core.plan import Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
@@ -57,6 +59,7 @@ class Node(msgspec.Struct, frozen=True):
 
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
     `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there.
+    `acceptance`: of guesses, where it speculates.
     """
 
     engine: EngineConfig
@@ -67,6 +70,7 @@ class Node(msgspec.Struct, frozen=True):
     link: Callable[[], Link]
     contention: float = 0.0
     host_step_s: float = 0.0
+    acceptance: Acceptance = Acceptance()
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -78,6 +82,11 @@ class Failure(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.at_s < 0:
             raise ValueError(f"failure of {self.executor} at {self.at_s} s: allowed are seconds from 0 up")
+
+
+def _accept(acceptance: Acceptance, verify: Verify) -> int:
+    sequence = verify.sequence
+    return acceptance.tokens(sequence.task.request.request_id, sequence.sampled, verify.draft)
 
 
 class SimCluster(Cluster):
@@ -227,6 +236,7 @@ class SimCluster(Cluster):
             partial(self._slowdown, action.executor, node.contention) if node.contention else None,
             self._record,
             to_ns(node.host_step_s),
+            partial(_accept, node.acceptance),
         )
         self._emit(
             ev.ExecutorReady(

@@ -17,13 +17,17 @@ from cluster.latency import LatencyModel, StepShape
 from cluster.request import Answer
 from flowserve.core.messages import Dispatch, Message
 from flowserve.core.outbox import Outbox
-from flowserve.core.plan import Plan
+from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.task_executor import TaskExecutor
 
 LONGEST_SEGMENT = 4096
 _BEFORE_ALL = -(1 << 40)
+
+
+def _nothing_right(verify: Verify) -> int:
+    return 1
 
 
 class _StepEnd(simpy.Event):
@@ -50,7 +54,8 @@ class SimExecutor:
     `host_ns`: what the host needs for a step beside the device's time. The device waits for it where a plan is launched
     only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
 
-    `number`: the executor's own, by which ties in time are broken.
+    `accept`: how many tokens a verification yields, before a stop cuts it. `number`: the executor's own, by which ties
+    in time are broken.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class SimExecutor:
         slowdown: Callable[[], float] | None = None,
         record: Callable[[StepSpan], None] | None = None,
         host_ns: int = 0,
+        accept: Callable[[Verify], int] = _nothing_right,
     ) -> None:
         self.shell = shell
         self.dead = False
@@ -78,6 +84,7 @@ class SimExecutor:
         self._record = record
         self._since = 0
         self._host = host_ns
+        self._accept = accept
         self._number = number
         self._inbox: list[Message] = []
         self._timer: simpy.Event | None = None
@@ -175,7 +182,8 @@ class SimExecutor:
             plan = shell.core.in_flight[0]
             self._ends = []
             self.steps += 1
-            shell.complete(plan, self._stopped(plan), now)
+            accepted = self._accepted(plan) if plan.verifies else {}
+            shell.complete(plan, self._stopped(plan, accepted), now, accepted)
         else:
             shell.report(now)
         self._next_step()
@@ -202,7 +210,17 @@ class SimExecutor:
         ]
         heapq.heapify(self._stops)
 
-    def _stopped(self, plan: Plan) -> list[int]:
+    def _accepted(self, plan: Plan) -> dict[int, int]:
+        """Tokens that verifications yield, none behind a request's last."""
+        accepted = {}
+        for verify in plan.verifies:
+            sequence = verify.sequence
+            if sequence.status is not Status.ENDED:  # of an aborted request the answer may be gone
+                left = self._answers[sequence.task.request.request_id].output_tokens - sequence.sampled
+                accepted[sequence.task_id] = max(1, min(self._accept(verify), left))
+        return accepted
+
+    def _stopped(self, plan: Plan, accepted: dict[int, int]) -> list[int]:
         stopped = []
         while self._stops and self._stops[0][0] <= plan.clock and plan.decodes:
             stopped.append(heapq.heappop(self._stops)[1])
@@ -211,5 +229,11 @@ class SimExecutor:
             if not chunk.samples or sequence.status is Status.ENDED:  # of an aborted request the answer may be gone
                 continue
             if sequence.sampled + 1 >= self._answers[sequence.task.request.request_id].output_tokens:
+                stopped.append(sequence.task_id)
+        for verify in plan.verifies:
+            sequence, tokens = verify.sequence, accepted.get(verify.sequence.task_id)
+            if tokens is None:
+                continue
+            if sequence.sampled + tokens >= self._answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)
         return stopped

@@ -31,8 +31,8 @@ class Roofline:
         self._per_key = shape.kv_bytes_per_token / bandwidth
 
     def step_ns(self, shape: StepShape) -> int:
-        tokens = shape.prefill_tokens + shape.decode_sequences
-        samples = shape.prefill_chunks + shape.decode_sequences
+        tokens = shape.prefill_tokens + shape.decode_sequences + shape.draft_tokens
+        samples = shape.prefill_chunks + shape.decode_sequences + shape.draft_tokens
         weights = self._weights
         if self._experts:
             weights += self._experts * (1 - self._passed_over**tokens)
@@ -42,7 +42,10 @@ class Roofline:
 
 
 class Fitted:
-    """Linear in the features of a step, with non-negative coefficients in ns fitted to a profile (see `features`)."""
+    """Linear in the features of a step, with non-negative coefficients in ns fitted to a profile (see `features`).
+
+    A guess to be verified counts as one more prompt token: derived, the profiled engines do not speculate.
+    """
 
     FEATURES = (
         "step",
@@ -69,7 +72,7 @@ class Fitted:
         return (
             1.0,
             float(shape.prefill_tokens > 0),
-            float(shape.prefill_tokens),
+            float(shape.prefill_tokens + shape.draft_tokens),
             float(shape.prefill_attention),
             float(shape.prefill_chunks),
             float(shape.decode_sequences > 0),
@@ -83,7 +86,7 @@ class Fitted:
 
 
 class Constant:
-    """Every step takes the same time, plus so much per prompt token: for tests and queueing theory."""
+    """Every step takes the same time, plus so much per prompt token or guess: for tests and queueing theory."""
 
     def __init__(self, step_s: float, prefill_token_s: float = 0.0) -> None:
         if step_s < 0 or prefill_token_s < 0 or step_s + prefill_token_s <= 0:
@@ -94,4 +97,4 @@ class Constant:
         self._token = prefill_token_s * NS_PER_S
 
     def step_ns(self, shape: StepShape) -> int:
-        return max(1, round(self._step + self._token * shape.prefill_tokens))
+        return max(1, round(self._step + self._token * (shape.prefill_tokens + shape.draft_tokens)))

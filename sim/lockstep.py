@@ -15,6 +15,7 @@ from cluster.request import Answer
 from cluster.vocabulary import ExecutorSpec
 from flowserve.core.messages import Message
 from flowserve.core.outbox import Outbox
+from flowserve.core.plan import Verify
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
@@ -53,7 +54,9 @@ class Lockstep:
         self._injected = False
         self._scheduled = 0
         shell = TaskExecutor(name, spec, config, (), report_period_ns)
-        self.executor = SimExecutor(self._env, shell, self, answers, self._compare, coalesce=False)
+        self.executor = SimExecutor(
+            self._env, shell, self, answers, self._compare, coalesce=False, accept=self._recorded_acceptance
+        )
         busy = False
         for _, turn, _ in self._turns:
             if turn.messages:
@@ -77,6 +80,11 @@ class Lockstep:
             return 1
         _, _, next_start = self._turns[self.compared]
         return max(1, next_start - int(self._env.now))
+
+    def _recorded_acceptance(self, verify: Verify) -> int:
+        """What the step that ends now yielded in the record."""
+        _, turn, _ = self._turns[self.compared - 1]
+        return turn.accepted[verify.sequence.task_id]
 
     def _inject(self, messages: list[Message], _: simpy.Event) -> None:
         self._injected = True

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cluster import events as ev
+from cluster.acceptance import Acceptance
 from cluster.actions import Action
 from cluster.client import Client
 from cluster.control import ControlPlane
@@ -197,6 +198,7 @@ def run_sim(
     closed_loop: bool = True,
     max_attempts: int = 4,
     seed: int = 0,
+    acceptance: float = 0.0,
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
 ) -> Run:
     """One run to its end: the real control plane on the simulated cluster."""
@@ -217,6 +219,7 @@ def run_sim(
         kv_segments=kv_segments,
         link=link,
         host_step_s=host_step_s,
+        acceptance=Acceptance(acceptance),
     )
     cluster = SimCluster(
         ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce

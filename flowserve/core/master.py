@@ -5,7 +5,7 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 """
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Load, Outbox, Transfer
 from flowserve.core.plan import Fetch, Plan
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import NONE, EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence as EngineSequence
 from flowserve.core.transfer import run_lengths
 
@@ -113,13 +113,15 @@ class Master:
         self.core.fetches.clear()
         return complete
 
-    def complete(self, plan: Plan, stopped: Collection[int], now: int) -> None:
-        """A plan's tokens are there. `stopped`: task ids whose token ends the request."""
+    def complete(self, plan: Plan, stopped: Collection[int], now: int, accepted: Mapping[int, int] = NONE) -> None:
+        """A plan's tokens are there. `stopped`: task ids whose last token ends the request. `accepted`: tokens by task
+        id, of those that speculate.
+        """
         self._now = now
         if plan.decodes:
             self._note_ends((now,))
         self._tokens_out += len(plan.decodes)
-        result = self.core.complete(plan, stopped)
+        result = self.core.complete(plan, stopped, accepted)
         for sequence in result.first_tokens:
             self._tokens_out += 1
             entry = self._entries[sequence.task_id]
@@ -135,6 +137,9 @@ class Master:
                     )
                 )
             entry.sample_times.append(now)
+        for sequence, tokens in result.verified:
+            self._tokens_out += tokens
+            self._entries[sequence.task_id].sample_times.extend([now] * tokens)
         for sequence, held in result.finished:
             self._finished(sequence, held, now)
         self._forget_times()

@@ -15,20 +15,34 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+class Verify(NamedTuple):
+    """One step of a sequence that speculates: its last token and `draft` guesses behind it, from position `start`.
+
+    It yields the model's token behind the last right guess, and the right guesses: 1 to draft + 1 tokens. What wrong
+    guesses leave in the KV cache is overwritten by the next step.
+    """
+
+    sequence: Sequence
+    start: int
+    draft: int
+
+
 class Plan:
-    """A numbered step: prompt chunks, and one token for each sequence in `decodes`.
+    """A numbered step: prompt chunks, one token for each sequence in `decodes`, and a verification for each that
+    speculates, of which each sequence has at most one in flight.
 
     `clock`: the decode clock after this plan was issued. `last`: sequences that may have no further token after this
     plan's (they reach the client's limit). Runners read positions off the sequences right after `schedule()`.
     """
 
-    __slots__ = ("chunks", "clock", "decodes", "last", "number", "shape")
+    __slots__ = ("chunks", "clock", "decodes", "last", "number", "shape", "verifies")
 
     def __init__(
         self,
         number: int,
         chunks: list[Chunk],
         decodes: tuple[Sequence, ...],
+        verifies: list[Verify],
         last: list[Sequence],
         clock: int,
         shape: StepShape,
@@ -36,14 +50,19 @@ class Plan:
         self.number = number
         self.chunks = chunks
         self.decodes = decodes
+        self.verifies = verifies
         self.last = last
         self.clock = clock
         self.shape = shape
 
     @property
     def sampling(self) -> list[Sequence]:
-        """Sequences that get a token from this plan, in the order a runner returns them."""
-        return [chunk.sequence for chunk in self.chunks if chunk.samples] + list(self.decodes)
+        """Sequences that get tokens from this plan, in the order a runner returns them."""
+        return [
+            *(chunk.sequence for chunk in self.chunks if chunk.samples),
+            *self.decodes,
+            *(verify.sequence for verify in self.verifies),
+        ]
 
 
 class Fetch(NamedTuple):
@@ -62,7 +81,10 @@ class Finished(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What `complete` found: sequences that got the first token of their task here, and those that are done."""
+    """What `complete` found: sequences that got the first token of their task here, or a token behind a preemption;
+    those that speculate, with how many tokens they got; and those that are done.
+    """
 
     first_tokens: list[Sequence]
+    verified: list[tuple[Sequence, int]]
     finished: list[Finished]

@@ -13,17 +13,21 @@ from flowserve.core.plan import Plan
 
 
 class PlanRecord(msgspec.Struct, frozen=True):
-    """A scheduled plan. `chunks`: (task id, start, tokens), so prefix hits show; `decodes`: task ids."""
+    """A scheduled plan. `chunks`: (task id, start, tokens), so prefix hits show; `decodes`: task ids; `verifies`: (task
+    id, start, guesses).
+    """
 
     number: int
     chunks: list[tuple[int, int, int]]
     decodes: list[int]
     shape: StepShape
+    verifies: list[tuple[int, int, int]] = []
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanRecord":
         chunks = [(chunk.sequence.task_id, chunk.start, chunk.tokens) for chunk in plan.chunks]
-        return cls(plan.number, chunks, [sequence.task_id for sequence in plan.decodes], plan.shape)
+        verifies = [(verify.sequence.task_id, verify.start, verify.draft) for verify in plan.verifies]
+        return cls(plan.number, chunks, [sequence.task_id for sequence in plan.decodes], plan.shape, verifies)
 
 
 class TurnRecord(msgspec.Struct, frozen=True):
@@ -33,6 +37,7 @@ class TurnRecord(msgspec.Struct, frozen=True):
     there. `plans`: scheduled and launched, in this order. `done`: number of the plan that was completed then, the
     oldest in flight; None where none was. `stopped`: task ids whose token in it was the last. `preemptions`: so far,
     after scheduling. `transfers`: KV cache the turn asked the data plane for, as (task id, source blocks, blocks).
+    `accepted`: tokens by task id, of those in it that speculate.
     """
 
     start_ns: int
@@ -43,6 +48,7 @@ class TurnRecord(msgspec.Struct, frozen=True):
     stopped: list[int]
     preemptions: int
     transfers: list[tuple[int, list[int], list[int]]]
+    accepted: dict[int, int] = {}
 
 
 def read_turns(path: Path) -> Iterator[TurnRecord]:

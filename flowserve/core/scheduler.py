@@ -7,8 +7,10 @@ more; that token is dropped and the blocks are freed when the last plan that use
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterator
-from typing import TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
+from types import MappingProxyType
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -18,12 +20,14 @@ from cluster.latency import StepShape
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, Role, TaskKind
 from flowserve.core.allocator import AllocatorKind
-from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult
+from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult, Verify
 from flowserve.core.rtc import Rtc
 from flowserve.core.sequence import DecodeClock, Sequence, Status
 from flowserve.core.transfer import KvLayout, runs_from
 
 T = TypeVar("T")
+NONE: Mapping[int, int] = MappingProxyType({})
+"""What is accepted where nothing speculates."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -37,6 +41,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     `kv_layout`: order of the KV cache in memory, which must be the same in engines that exchange it.
 
     `prefill_token_budget`, `decode_token_budget`: in place of `token_budget` where an executor has that role.
+
+    `speculative_tokens`: guesses per sequence and step, 0 to decode without; then a step has room for the guesses of
+    all, so the budgets must be larger. `drafter`: who guesses, on a real engine: prompt lookup or a small model.
 
     `order`, `victim`, `eviction`, `chunking`: policies of `cluster.engine_policy`, None for its base class.
     """
@@ -53,6 +60,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     kv_layout: KvLayout = "layer_major"
     prefill_token_budget: int | None = None
     decode_token_budget: int | None = None
+    speculative_tokens: int = 0
+    drafter: Literal["ngram", "model"] = "ngram"
     order: PolicySpec | None = None
     victim: PolicySpec | None = None
     eviction: PolicySpec | None = None
@@ -63,12 +72,16 @@ class EngineConfig(msgspec.Struct, frozen=True):
             raise ValueError(f"kv_blocks is {self.kv_blocks}: an engine needs at least one KV cache block")
         if self.block_tokens < BLOCK_TOKENS or self.block_tokens % BLOCK_TOKENS:
             raise ValueError(f"block_tokens is {self.block_tokens}: allowed are multiples of {BLOCK_TOKENS}")
+        if self.speculative_tokens < 0:
+            raise ValueError(f"speculative_tokens is {self.speculative_tokens}: allowed are 0 (none) and more")
+        most = self.max_sequences * (1 + self.speculative_tokens)
         for name in ("token_budget", "prefill_token_budget", "decode_token_budget"):
             budget = getattr(self, name)
-            if self.max_sequences < 1 or (budget is not None and budget < self.max_sequences):
+            if self.max_sequences < 1 or (budget is not None and budget < most):
+                guesses = f" x (1 + {self.speculative_tokens} speculative_tokens)" if self.speculative_tokens else ""
                 raise ValueError(
-                    f"{name} {budget} is below max_sequences {self.max_sequences}: every decoding sequence takes one "
-                    f"token of each step, so raise {name} or lower max_sequences"
+                    f"{name} {budget} is below max_sequences {self.max_sequences}{guesses}: every decoding sequence "
+                    f"takes as much of each step, so raise {name} or lower max_sequences"
                 )
         if self.max_in_flight < 1:
             raise ValueError(f"max_in_flight is {self.max_in_flight}: allowed are 1 (synchronous) and more")
@@ -111,6 +124,7 @@ class EngineCore:
         self._running: dict[int, Sequence] = {}
         self._prefilling: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
+        self._speculating: dict[int, Sequence] = {}
         self._decodes: tuple[Sequence, ...] | None = ()
         self._decode_context = 0
         # A sequence needs its next block at every clock that is congruent to its phase modulo the block size.
@@ -190,21 +204,31 @@ class EngineCore:
         """
         if len(self.in_flight) >= self.config.max_in_flight or not self._grow_decodes():
             return None
+        if self._speculating and not self._grow_speculating():
+            return None
         last: list[Sequence] = []
         decodes = self._decode_batch()
         context = self._decode_context + len(decodes)
         if decodes:
             self._advance_clock(last)
-        chunks = self._schedule_prefills(len(decodes), context, last)
-        if not chunks and not decodes:
+        verifies = self._schedule_verifies() if self._speculating else []
+        draft = sum([verify.draft for verify in verifies])
+        context += sum([verify.start for verify in verifies]) + len(verifies) + draft
+        sequences = len(decodes) + len(verifies)
+        chunks = self._schedule_prefills(sequences, draft, context, last)
+        if not chunks and not sequences:
             return None
         self._plans += 1
-        plan = Plan(self._plans, chunks, decodes, last, self.clock.issued, _shape(chunks, len(decodes), context))
+        shape = _shape(chunks, sequences, context, draft)
+        plan = Plan(self._plans, chunks, decodes, verifies, last, self.clock.issued, shape)
         self.in_flight.append(plan)
         return plan
 
-    def complete(self, plan: Plan, stopped: Collection[int]) -> StepResult:
-        """Apply the oldest plan in flight: each sampling sequence got a token; those in `stopped` (task ids) end."""
+    def complete(self, plan: Plan, stopped: Collection[int], accepted: Mapping[int, int] = NONE) -> StepResult:
+        """Apply the oldest plan in flight: each sampling sequence got a token; those in `stopped` (task ids) end.
+
+        `accepted`: by task id, how many tokens each sequence that speculates got, behind a stop none.
+        """
         oldest = self.in_flight.popleft()
         assert oldest is plan, f"plan {plan.number} completed before plan {oldest.number}"
         if plan.decodes:
@@ -214,17 +238,19 @@ class EngineCore:
             sequence = chunk.sequence
             if chunk.samples and sequence.status is not Status.ENDED:
                 sequence.sampled += 1
+                sequence.pending = False
                 self._cache(sequence, sequence.target)
                 first_tokens.append(sequence)
         # In order of arrival, so that blocks are freed in one order whoever lists the stops.
         ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
+        verified = self._apply_verifies(plan.verifies, accepted, ending) if plan.verifies else []
         live = [sequence for sequence in ending if sequence.status is not Status.ENDED]
         finished = [self._finish(sequence, True) for sequence in sorted(live, key=_arrival)]
         for sequence in first_tokens:
             if sequence.status is Status.HELD:
                 finished.append(self._finish(sequence, False))
         self._free_ended(plan.number)
-        return StepResult(first_tokens, finished)
+        return StepResult(first_tokens, verified, finished)
 
     def steady_steps(self, most: int) -> int:
         """How many times `advance` may step on now, up to `most`: plans that only decode the batch in flight.
@@ -284,7 +310,7 @@ class EngineCore:
 
     def decoding(self) -> Iterator[Sequence]:
         """Sequences that decode, in order of joining."""
-        return iter(self._decoding.values())
+        return chain(self._decoding.values(), self._speculating.values())
 
     def earliest_clock(self) -> int:
         """The value of the decode clock from which on a sequence here has decoded, or will."""
@@ -307,15 +333,17 @@ class EngineCore:
         assert sum(sequence.target for sequence in waiting) == self.waiting_tokens
         assert sum(sequence.position for sequence in self._decoding.values()) == self._decode_context
         assert sum(map(len, self._phases)) == len(self._decoding)
-        for sequence in self._decoding.values():
+        for sequence in self._speculating.values():
+            assert sequence.pending or sequence.computed == sequence.task.request.prompt_tokens + sequence.sampled - 1
+        for sequence in self.decoding():
             assert len(sequence.blocks) * self.config.block_tokens >= sequence.position
             assert sequence.task_id in self._running
 
     # -- batch ----------------------------------------------------------------------------------------------------
 
-    def _schedule_prefills(self, decodes: int, context: int, last: list[Sequence]) -> list[Chunk]:
+    def _schedule_prefills(self, decodes: int, draft: int, context: int, last: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        budget = self.token_budget - decodes
+        budget = self.token_budget - decodes - draft
         if not (budget and (self._prefilling or self._num_waiting)):
             return chunks
         budget = min(budget, max(1, self.chunking.prompt_tokens(budget, decodes, context)))
@@ -397,6 +425,10 @@ class EngineCore:
 
     def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
         """`pending`: tokens sampled by issued plans that are not complete."""
+        if self.config.speculative_tokens:
+            sequence.status, sequence.pending = Status.SPECULATE, pending > 0
+            self._speculating[sequence.task_id] = sequence
+            return
         sequence.status = Status.DECODE
         sequence.joined = self.clock.issued
         self._decoding[sequence.task_id] = sequence
@@ -411,6 +443,7 @@ class EngineCore:
         """Out of the batch, with what was derived from the clock written down."""
         del self._running[sequence.task_id]
         self._prefilling.pop(sequence.task_id, None)
+        self._speculating.pop(sequence.task_id, None)
         if sequence.status is Status.DECODE:
             self._leave_decodes(sequence)
         if sequence.status is Status.LAST:
@@ -454,6 +487,56 @@ class EngineCore:
                 self._preempt(self._victim())
         return True
 
+    def _grow_speculating(self) -> bool:
+        """A block for the next token of every sequence that speculates and can go on; like `_grow_decodes`."""
+        size = self.config.block_tokens
+        for sequence in list(self._speculating.values()):
+            if sequence.pending:
+                continue
+            while len(sequence.blocks) * size <= sequence.computed and sequence.status is Status.SPECULATE:
+                if self.rtc.append_block(sequence.blocks):
+                    continue
+                if self.in_flight:
+                    return False
+                self._preempt(self._victim())
+        return True
+
+    def _schedule_verifies(self) -> list[Verify]:
+        """A verification for each sequence whose last tokens are known, of as many guesses as its limit and the free
+        blocks allow: for a guess, nobody is preempted.
+        """
+        verifies, size, most = [], self.config.block_tokens, self.config.speculative_tokens
+        for sequence in self._speculating.values():
+            if sequence.pending:
+                continue
+            blocks, start = sequence.blocks, sequence.computed
+            draft = min(most, sequence.task.request.max_tokens - sequence.sampled - 1)
+            while len(blocks) * size <= start + draft:
+                if not self.rtc.append_block(blocks):
+                    draft = len(blocks) * size - start - 1
+            sequence.pending = True
+            verifies.append(Verify(sequence, start, draft))
+        return verifies
+
+    def _apply_verifies(
+        self, verifies: list[Verify], accepted: Mapping[int, int], ending: set[Sequence]
+    ) -> list[tuple[Sequence, int]]:
+        """Move sequences on by what was right; those that reach the client's limit join `ending`."""
+        verified = []
+        for sequence, _, draft in verifies:
+            if sequence.status is Status.ENDED:
+                continue
+            tokens = accepted[sequence.task.task_id]
+            assert 1 <= tokens <= 1 + draft, f"{tokens} tokens from {draft} guesses"
+            sequence.sampled += tokens
+            sequence.computed += tokens
+            sequence.pending = False
+            self.order.verified(sequence, tokens)
+            verified.append((sequence, tokens))
+            if sequence.sampled == sequence.task.request.max_tokens:
+                ending.add(sequence)
+        return verified
+
     def _append_block(self, sequence: Sequence) -> bool:
         if len(sequence.blocks) * self.config.block_tokens > sequence.position:
             return True
@@ -461,7 +544,7 @@ class EngineCore:
 
     def _victim(self) -> Sequence:
         """One that computes here: a transfer in progress cannot be taken back."""
-        computing = (Status.DECODE, Status.PREFILL)
+        computing = (Status.DECODE, Status.PREFILL, Status.SPECULATE)
         victim = self.victim.choose(s for s in reversed(self._running.values()) if s.status in computing)
         assert isinstance(victim, Sequence)
         return victim
@@ -565,7 +648,7 @@ def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
 
 
-def _shape(chunks: list[Chunk], decodes: int, decode_context: int) -> StepShape:
+def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:
     tokens = sum(chunk.tokens for chunk in chunks)
     attention = sum(chunk.start * chunk.tokens + chunk.tokens * (chunk.tokens + 1) // 2 for chunk in chunks)
-    return StepShape(tokens, attention, len(chunks), decodes, decode_context)
+    return StepShape(tokens, attention, len(chunks), decodes, decode_context, draft)

@@ -22,7 +22,8 @@ class DecodeClock:
 class Status(Enum):
     """Where a sequence is. FETCHING: its KV cache is on the way; HELD: prefilled here, for another engine to fetch.
 
-    LAST: it decodes in a plan in flight for the last time that the client's limit allows.
+    SPECULATE: it decodes by verifying guesses, outside the decode clock. LAST: it decodes in a plan in flight for the
+    last time that the client's limit allows.
     """
 
     WAITING = auto()
@@ -30,6 +31,7 @@ class Status(Enum):
     PREFILL = auto()
     DECODE = auto()
     LAST = auto()
+    SPECULATE = auto()
     HELD = auto()
     ENDED = auto()
 
@@ -40,6 +42,7 @@ class Sequence:
     `target`: tokens whose KV cache must be there before the next token is sampled.
     `computed`: positions whose KV cache is computed or being computed by an issued plan (while not decoding).
     `sampled`: tokens of the request so far, sampled by completed plans (while not decoding).
+    `pending`: a plan in flight samples for it, while it speculates: only then is known how far it got.
     `runs`: (first, last) values of the decode clock between which it decoded, in completed plans.
     `limit`: the decode clock at which the client's token limit is reached.
     """
@@ -54,6 +57,7 @@ class Sequence:
         "joined",
         "limit",
         "node",
+        "pending",
         "preemptions",
         "runs",
         "sampled",
@@ -71,6 +75,7 @@ class Sequence:
         self.target = task.context_tokens
         self.computed = 0
         self.sampled = task.generated
+        self.pending = False
         self.joined = 0
         self.limit: int | None = None
         self.blocks: list[int] = []

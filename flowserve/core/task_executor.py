@@ -4,7 +4,7 @@ Sans I/O: the simulator and the process of a real executor run the same object. 
 `next_plan`, `complete` (or `advance`), passes the time, and delivers what it finds in the outbox.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from cluster.identity import BlockIds
 from cluster.vocabulary import ExecutorSpec
@@ -12,7 +12,7 @@ from flowserve.core.master import Master
 from flowserve.core.messages import Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.scheduler import NONE, EngineConfig
 from flowserve.core.shell import TeShell
 
 
@@ -40,9 +40,11 @@ class TaskExecutor:
             self.shell.observe(self._outbox.events[-1].time)
         return plan
 
-    def complete(self, plan: Plan, stopped: Collection[int], now: int) -> None:
-        """A plan's tokens are there. `stopped`: task ids whose token ends the request."""
-        self.master.complete(plan, stopped, now)
+    def complete(self, plan: Plan, stopped: Collection[int], now: int, accepted: Mapping[int, int] = NONE) -> None:
+        """A plan's tokens are there. `stopped`: task ids whose last token ends the request. `accepted`: tokens by task
+        id, of those that speculate.
+        """
+        self.master.complete(plan, stopped, now, accepted)
         self.shell.observe(now)
 
     def fail(self, task_id: int, detail: str, now: int) -> None:

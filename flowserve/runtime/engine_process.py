@@ -93,12 +93,14 @@ class EngineLoop:
                 taken = self._intake.take(in_flight[0], output)
                 for task_id, reason in output.failed.items():
                     shell.fail(task_id, reason, end)
-                shell.complete(in_flight[0], taken.stopped, end)
+                shell.complete(in_flight[0], taken.stopped, end, taken.accepted)
             outbox = shell.outbox()
             self._send(taken, outbox)
             if self._record is not None:
                 transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
-                turn = TurnRecord(start, end, messages, plans, done, taken.stopped, preemptions, transfers)
+                turn = TurnRecord(
+                    start, end, messages, plans, done, taken.stopped, preemptions, transfers, taken.accepted
+                )
                 self._record.write(msgspec.json.encode(turn) + b"\n")
                 self._record.flush()
 

@@ -15,15 +15,18 @@ NO_TOKEN = -1
 
 
 class Taken(NamedTuple):
-    """Of one plan: what to send (as in `wire.Output`), and the tasks that `stopped` with their token."""
+    """Of one plan: what to send (as in `wire.Output`), the tasks that `stopped` with their last token, and how many
+    tokens each of those that speculate got, by task id.
+    """
 
     tokens: Tokens | None
     logprobs: list[tuple[int, int, TokenLogprobs]]
     ended: list[int]
     stopped: list[int]
+    accepted: dict[int, int]
 
 
-NOTHING = Taken(None, [], [], [])
+NOTHING = Taken(None, [], [], [], {})
 
 
 class _Task(NamedTuple):
@@ -81,16 +84,16 @@ class Intake:
         """The tokens of the oldest plan in flight."""
         if plan.decodes is not self._decodes.sequences:
             self._decodes = _Batch(plan.decodes, self._tasks)
-        if not plan.chunks:
-            taken = self._take(self._decodes, output)
+        if not plan.chunks and not plan.verifies:
+            taken = self._take(self._decodes, output, 0)
         else:
-            taken = self._take(_Batch(tuple(plan.sampling), self._tasks), output)
+            taken = self._take(_Batch(tuple(plan.sampling), self._tasks), output, len(plan.verifies))
         self._decodes.indices += output.counts[len(output.counts) - len(plan.decodes) :]
         if self._gone:
             self._gone = {task_id: last for task_id, last in self._gone.items() if last > plan.number}
         return taken
 
-    def _take(self, batch: _Batch, output: StepOutput) -> Taken:
+    def _take(self, batch: _Batch, output: StepOutput, verifies: int) -> Taken:
         task_ids, indices = batch.task_ids, batch.indices
         counts = np.minimum(output.counts, batch.lengths - indices)
         if self._gone:
@@ -111,7 +114,9 @@ class Intake:
             for place, task_id in enumerate(task_ids.tolist()):
                 found = output.logprobs.get(task_id, [])[: counts[place]]
                 logprobs += [(task_id, index, each) for index, each in enumerate(found, int(indices[place]))]
-        return Taken(_tokens(task_ids, indices, output.tokens, counts), logprobs, ended, stopped)
+        first = len(counts) - verifies
+        accepted = dict(zip(task_ids[first:].tolist(), counts[first:].tolist(), strict=True))
+        return Taken(_tokens(task_ids, indices, output.tokens, counts), logprobs, ended, stopped, accepted)
 
 
 def _tokens(task_ids: Ints, indices: Ints, tokens: Ints, counts: Ints) -> Tokens | None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from flowserve.core.plan import Plan
+from flowserve.core.plan import Plan, Verify
 from flowserve.core.sequence import Sequence
 from flowserve.runtime.runner import KvHandle, Payload, StepOutput
 from flowserve.runtime.wire import NullDevice
@@ -21,6 +21,7 @@ class _Launched(NamedTuple):
 
     end_ns: int
     tokens: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
 
 
 class _Decodes:
@@ -62,19 +63,41 @@ class NullRunner:
         return
 
     def launch(self, plan: Plan) -> None:
-        took_s = self._device.step_s + self._device.prefill_token_s * plan.shape.prefill_tokens
+        prompt_tokens = plan.shape.prefill_tokens + plan.shape.draft_tokens
+        took_s = self._device.step_s + self._device.prefill_token_s * prompt_tokens
         self._free_ns = max(self._free_ns, time.monotonic_ns()) + round(took_s * 1e9)
-        self._launched.append(_Launched(self._free_ns, self._tokens(plan)))
+        tokens = self._tokens(plan)[:, None]
+        counts = np.ones(len(tokens), dtype=np.int64)
+        if plan.verifies:
+            tokens, counts = self._verify(plan.verifies, tokens, counts)
+        self._launched.append(_Launched(self._free_ns, tokens, counts))
 
     def collect(self) -> StepOutput:
-        end_ns, tokens = self._launched.popleft()
+        end_ns, tokens, counts = self._launched.popleft()
         left_ns = end_ns - time.monotonic_ns()
         if left_ns > 0:
             time.sleep(left_ns / 1e9)
-        return StepOutput(tokens[:, None], np.ones_like(tokens), {})
+        return StepOutput(tokens, counts, {})
+
+    def _verify(
+        self, verifies: list[Verify], tokens: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Below tokens [S, 1] and counts [S] of other sequences, those that verifications yield."""
+        yields = [
+            self._device.acceptance.tokens(
+                verify.sequence.task.request.request_id, verify.sequence.sampled, verify.draft
+            )
+            for verify in verifies
+        ]
+        found = np.zeros((len(verifies), max(yields)), dtype=np.int64)
+        for row, (verify, count) in enumerate(zip(verifies, yields, strict=True)):
+            task, first = self._task(verify.sequence), verify.sequence.sampled
+            found[row, :count] = [self._token(task, first + place) for place in range(count)]
+        above = np.pad(tokens, ((0, 0), (0, found.shape[1] - 1)))
+        return np.concatenate((above, found)), np.concatenate((counts, np.array(yields, dtype=np.int64)))
 
     def _tokens(self, plan: Plan) -> npt.NDArray[np.int64]:
-        """[S], for `plan.sampling`."""
+        """[S], for those of `plan.sampling` that get one token."""
         first = [self._next(chunk.sequence) for chunk in plan.chunks if chunk.samples]
         if plan.decodes is not self._decodes.decodes:
             self._decodes = _Decodes(plan.decodes, [self._task(sequence) for sequence in plan.decodes])
@@ -89,7 +112,9 @@ class NullRunner:
 
     def _next(self, sequence: Sequence) -> int:
         """The token behind a prompt, or behind what a preempted sequence has computed again."""
-        task, index = self._task(sequence), sequence.position - sequence.task.request.prompt_tokens
+        return self._token(self._task(sequence), sequence.position - sequence.task.request.prompt_tokens)
+
+    def _token(self, task: _Task, index: int) -> int:
         if index < len(task.forced):
             return task.forced[index]
         return int(self._draw(np.array([task.prompt], dtype=np.uint64), np.array([index]))[0])

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from cluster.acceptance import Acceptance
 from cluster.events import Event
 from cluster.vocabulary import ExecutorSpec, Stage
 from flowserve.core.messages import Message
@@ -21,6 +22,7 @@ class NullDevice(msgspec.Struct, frozen=True, tag=True):
     step_s: float = 0.002
     prefill_token_s: float = 0.0
     vocab: int = 1000
+    acceptance: Acceptance = Acceptance()
 
 
 class TorchDevice(msgspec.Struct, frozen=True, tag=True):

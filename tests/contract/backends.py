@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 
 from cluster import events as ev
+from cluster.acceptance import Acceptance
 from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, LaunchExecutor, SetTimer, SubmitRequest
 from cluster.request import Answer, KvSource, Request, Task
 from cluster.seam import Cluster
@@ -33,6 +34,7 @@ def sim_cluster(
     engine: EngineConfig | None = None,
     step_s: float = 0.002,
     report_period_s: float = 0.05,
+    acceptance: float = 0.0,
 ) -> SimCluster:
     """Constant step times, stages of a millisecond each, and messages that take their time."""
     node = Node(
@@ -42,6 +44,7 @@ def sim_cluster(
         kv_bytes_per_token=1000,
         kv_segments=2,
         link=lambda: Link(1e9, 1e-4, 1e-5),
+        acceptance=Acceptance(acceptance),
     )
     return SimCluster(actors, lambda spec: node, report_period_s, Delays(5e-5, 5e-5, 2e-5, 5e-5))
 
@@ -51,10 +54,11 @@ def real_cluster(
     engine: EngineConfig | None = None,
     step_s: float = 0.002,
     report_period_s: float = 0.05,
+    acceptance: float = 0.0,
     **options: Any,
 ) -> RealCluster:
     """Processes whose engine sleeps instead of computing."""
-    kind = Engine(engine or EngineConfig(kv_blocks=2000), NullDevice(step_s))
+    kind = Engine(engine or EngineConfig(kv_blocks=2000), NullDevice(step_s, acceptance=Acceptance(acceptance)))
     return RealCluster(actors, lambda spec: kind, lambda model: 1000, report_period_s=report_period_s, **options)
 
 

@@ -67,7 +67,7 @@ def test_prompts_are_cut_to_the_budget_in_order_of_arrival() -> None:
     assert plan is not None
     assert [sequence.task_id for sequence in plan.decodes] == [0]
     assert chunks(plan) == [(1, 28, 22, True)]
-    assert plan.shape == (22, 28 * 22 + 22 * 23 // 2, 1, 1, 101)
+    assert plan.shape == (22, 28 * 22 + 22 * 23 // 2, 1, 1, 101, 0)
 
 
 def test_a_cached_prompt_still_computes_one_token() -> None:
@@ -115,7 +115,7 @@ def test_the_client_limit_ends_a_sequence_exactly() -> None:
             assert finished[:-1] == [[]] * (limit - 1)
             assert [(item.sequence.generated, item.held) for item in finished[-1]] == [(limit, False)]
             while core.in_flight:
-                assert core.complete(core.in_flight[0], ()) == ([], [])
+                assert core.complete(core.in_flight[0], ()) == ([], [], [])
             assert core.idle
             assert core.rtc.available == 20
 
@@ -132,7 +132,7 @@ def test_a_stop_learned_late_drops_the_extra_token() -> None:
     assert core.rtc.allocator.free == 18
     core.check_integrity()
     extra = core.in_flight[0]
-    assert core.complete(extra, ()) == ([], [])
+    assert core.complete(extra, ()) == ([], [], [])
     assert core.idle
     assert core.rtc.allocator.free + core.rtc.cached_blocks == 20
     assert core.rtc.cached_blocks == 1  # 15 prompt tokens and the first generated one; no more is valid
@@ -291,7 +291,7 @@ def test_an_abort_waits_for_the_plans_in_flight() -> None:
     assert plan is not None
     assert core.abort(0) is not None
     assert core.rtc.allocator.free == 17
-    assert core.complete(plan, (0,)) == ([], [])
+    assert core.complete(plan, (0,)) == ([], [], [])
     assert core.idle
     assert core.rtc.available == 20
 
@@ -365,7 +365,7 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
     twin = copy.deepcopy(core)
     core.advance(steps)
     for _ in range(steps):
-        assert twin.complete(twin.in_flight[0], ()) == ([], [])
+        assert twin.complete(twin.in_flight[0], ()) == ([], [], [])
         assert twin.schedule() is not None
     for task_id in range(3):
         assert get(core, task_id).blocks == get(twin, task_id).blocks
@@ -373,6 +373,114 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
     assert list(core.rtc.allocator.free_blocks()) == list(twin.rtc.allocator.free_blocks())
     assert [plan.shape for plan in core.in_flight] == [plan.shape for plan in twin.in_flight]
     core.check_integrity()
+
+
+# -- speculation ----------------------------------------------------------------------------------------------------
+
+
+def speculating(kv_blocks: int = 20, depth: int = 1, guesses: int = 3) -> EngineCore:
+    return EngineCore(EngineConfig(kv_blocks, 16, 64, 4, depth, 0.0, speculative_tokens=guesses))
+
+
+def verify_step(core: EngineCore, *stopped: int, **accepted: int) -> StepResult:
+    """One plan, complete; `t0=3`: task 0 gets three tokens."""
+    plan = core.schedule()
+    assert plan is not None
+    return core.complete(plan, stopped, {int(name[1:]): tokens for name, tokens in accepted.items()})
+
+
+def test_a_verification_moves_a_sequence_by_what_was_right() -> None:
+    """It starts at the last known token, and what wrong guesses left behind is computed again."""
+    core = speculating()
+    add(core, 0, 10, 40)
+    step(core)
+    plan = core.schedule()
+    assert plan is not None
+    assert [(v.sequence.task_id, v.start, v.draft) for v in plan.verifies] == [(0, 10, 3)]
+    assert plan.decodes == ()
+    assert plan.shape == (0, 0, 0, 1, 14, 3)
+    assert core.schedule() is None
+    result = core.complete(plan, (), {0: 2})
+    assert [(sequence.task_id, tokens) for sequence, tokens in result.verified] == [(0, 2)]
+    plan = core.schedule()
+    assert plan is not None
+    assert [(v.start, v.draft) for v in plan.verifies] == [(12, 3)]
+    assert len(get(core, 0).blocks) == 1
+    core.complete(plan, (), {0: 4})
+    plan = core.schedule()
+    assert plan is not None
+    assert [(v.start, v.draft) for v in plan.verifies] == [(16, 3)]
+    assert len(get(core, 0).blocks) == 2
+    assert get(core, 0).generated == 7
+
+
+def test_guesses_end_where_the_client_does() -> None:
+    """No more is guessed than the limit allows, and the sequence ends with exactly its last token."""
+    core = speculating()
+    add(core, 0, 10, 4)
+    step(core)
+    plan = core.schedule()
+    assert plan is not None
+    assert plan.verifies[0].draft == 2
+    assert core.complete(plan, (), {0: 2}).finished == []
+    plan = core.schedule()
+    assert plan is not None
+    assert plan.verifies[0].draft == 0
+    [finished] = core.complete(plan, (), {0: 1}).finished
+    assert (finished.sequence.generated, finished.held, core.idle) == (4, False, True)
+
+
+def test_a_stop_among_the_guesses_ends_a_sequence() -> None:
+    """The tokens up to the stop count; the cache holds what is sound and nothing of the guesses."""
+    core = speculating()
+    add(core, 0, 14, 40, ids=chain(1))
+    task = make_task(1, 14, 40)
+    core.add(task, identity.of_context(1, 40, chain(7, 8, 9)))
+    step(core)
+    result = verify_step(core, 1, t0=1, t1=2)
+    assert [(item.sequence.task_id, item.sequence.generated) for item in result.finished] == [(1, 3)]
+    assert core.rtc.cached_blocks == 1  # 16 positions: 14 of the prompt and two of the three tokens
+    core.check_integrity()
+
+
+def test_nobody_is_preempted_for_a_guess() -> None:
+    """Short of blocks, sequences guess less; for the next token itself a sequence may lose its place."""
+    core = speculating(kv_blocks=2)
+    for task_id in (0, 1):
+        add(core, task_id, 13, 30)
+    step(core)
+    plan = core.schedule()
+    assert plan is not None
+    assert [verify.draft for verify in plan.verifies] == [2, 2]
+    core.complete(plan, (), {0: 3, 1: 1})
+    plan = core.schedule()
+    assert plan is not None
+    assert core.preemptions == 1
+    assert [(verify.sequence.task_id, verify.start) for verify in plan.verifies] == [(0, 16)]
+
+
+def test_a_sequence_has_one_verification_in_flight() -> None:
+    """With several plans in flight others go on meanwhile, each waiting for what its own guesses came to."""
+    core = speculating(depth=2)
+    add(core, 0, 10)
+    first = core.schedule()
+    add(core, 1, 10)
+    second = core.schedule()
+    assert first is not None
+    assert second is not None
+    core.complete(first, ())
+    third = core.schedule()
+    assert third is not None
+    assert [verify.sequence.task_id for verify in third.verifies] == [0]
+    core.complete(second, ())
+    fourth = core.schedule()
+    assert fourth is not None
+    assert [verify.sequence.task_id for verify in fourth.verifies] == [1]
+    assert core.abort(0) is not None
+    assert core.complete(third, (), {0: 4}).verified == []
+    assert core.rtc.allocator.free == 18  # in the fourth plan it might be used yet
+    assert [tokens for _, tokens in core.complete(fourth, (), {1: 4}).verified] == [4]
+    assert core.rtc.allocator.free == 19
 
 
 @pytest.mark.parametrize(
@@ -383,6 +491,8 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
         ({"kv_blocks": 1, "block_tokens": 24}, "multiples of 16"),
         ({"kv_blocks": 1, "token_budget": 8, "max_sequences": 9}, "raise token_budget or lower max_sequences"),
         ({"kv_blocks": 1, "decode_token_budget": 8}, "raise decode_token_budget or lower max_sequences"),
+        ({"kv_blocks": 1, "speculative_tokens": -1}, "speculative_tokens is -1"),
+        ({"kv_blocks": 1, "speculative_tokens": 3}, r"max_sequences 256 x \(1 \+ 3 speculative_tokens\)"),
         ({"kv_blocks": 1, "max_in_flight": 0}, "max_in_flight is 0"),
         ({"kv_blocks": 1, "watermark": 1.0}, "watermark is 1.0"),
         ({"kv_blocks": 1, "evict_share": 1.0}, "evict_share is 1.0"),

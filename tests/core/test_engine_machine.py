@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cluster import identity
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
-from flowserve.core.plan import Fetch, Plan
+from flowserve.core.plan import Fetch, Plan, Verify
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence, Status
 from tests.builders import chain, make_task
@@ -38,6 +38,7 @@ def state_of(core: EngineCore) -> Any:
             sequence.limit,
             tuple(sequence.runs),
             sequence.preemptions,
+            sequence.pending,
         )
 
     return {
@@ -63,6 +64,7 @@ class EngineMachine(RuleBasedStateMachine):
         depth=st.integers(1, 3),
         watermark=st.sampled_from([0.0, 0.0, 0.2]),
         prefix_cache=st.sampled_from([True, True, True, False]),
+        guesses=st.sampled_from([0, 0, 1, 3]),
     )
     def start(
         self,
@@ -73,9 +75,19 @@ class EngineMachine(RuleBasedStateMachine):
         depth: int,
         watermark: float,
         prefix_cache: bool,
+        guesses: int,
     ) -> None:
-        budget = max_sequences + spare_budget
-        self.config = EngineConfig(kv_blocks, block_tokens, budget, max_sequences, depth, watermark, prefix_cache)
+        budget = max_sequences * (1 + guesses) + spare_budget
+        self.config = EngineConfig(
+            kv_blocks,
+            block_tokens,
+            budget,
+            max_sequences,
+            depth,
+            watermark,
+            prefix_cache,
+            speculative_tokens=guesses,
+        )
         self.core = EngineCore(self.config)
         self.tasks: dict[int, Task] = {}
         self.ids: dict[int, identity.BlockIds] = {}
@@ -192,18 +204,19 @@ class EngineMachine(RuleBasedStateMachine):
                 self.next_position[task_id] = None
         if plan is None:
             if not self.core.in_flight:
-                computing = (Status.PREFILL, Status.DECODE)
+                computing = (Status.PREFILL, Status.DECODE, Status.SPECULATE)
                 assert not any(s.status in computing for s in self.core._sequences.values()), "nothing is scheduled"
             return
         assert not full
         self.plans += 1
         assert plan.number == self.plans
         self.written[plan.number] = set()
-        assert 1 <= sum(chunk.tokens for chunk in plan.chunks) + len(plan.decodes) <= self.config.token_budget
+        tokens = sum(chunk.tokens for chunk in plan.chunks) + sum(1 + verify.draft for verify in plan.verifies)
+        assert 1 <= tokens + len(plan.decodes) <= self.config.token_budget
         assert self.core.num_running <= self.config.max_sequences
-        assert len({s.task_id for s in plan.decodes} | {c.sequence.task_id for c in plan.chunks}) == len(
-            plan.decodes
-        ) + len(plan.chunks)
+        named = [*plan.decodes, *(c.sequence for c in plan.chunks), *(v.sequence for v in plan.verifies)]
+        assert len({sequence.task_id for sequence in named}) == len(named)
+        assert not (plan.verifies if not self.config.speculative_tokens else plan.decodes)
         assert all(self.state[sequence.task_id] == "live" for sequence in plan.sampling)
         context = attention = 0
         for sequence in plan.decodes:
@@ -216,20 +229,49 @@ class EngineMachine(RuleBasedStateMachine):
             assert samples == (start + count == sequence.target)
             attention += sum(range(start + 1, start + count + 1))
             self.compute(plan, sequence, start, count)
+        for verify in plan.verifies:
+            context += verify.start + 1 + verify.draft
+            self.compute(plan, verify.sequence, verify.start, 1)
+            self.guess(verify)
         prefill = sum(chunk.tokens for chunk in plan.chunks)
-        assert plan.shape == (prefill, attention, len(plan.chunks), len(plan.decodes), context)
+        draft = sum(verify.draft for verify in plan.verifies)
+        sequences = len(plan.decodes) + len(plan.verifies)
+        assert plan.shape == (prefill, attention, len(plan.chunks), sequences, context, draft)
+
+    def guess(self, verify: Verify) -> None:
+        """Behind the last known token, guesses are computed; whether they are right is seen later."""
+        sequence = verify.sequence
+        task = self.tasks[sequence.task_id]
+        assert 0 <= verify.draft <= self.config.speculative_tokens
+        assert self.tokens[sequence.task_id] + 1 + verify.draft <= task.request.max_tokens
+        for position in range(verify.start + 1, verify.start + 1 + verify.draft):
+            assert position // self.config.block_tokens >= sequence.tree_blocks
+            self.kv[self.place(sequence, position)] = "guess"
+
+    def verified(self, verify: Verify, tokens: int) -> None:
+        """The first of the guesses were right."""
+        sequence = verify.sequence
+        for position in range(verify.start + 1, verify.start + tokens):
+            self.kv[self.place(sequence, position)] = self.content(sequence, position)
+        self.next_position[sequence.task_id] = verify.start + tokens
 
     @precondition(lambda self: self.core.in_flight)
-    @rule(stop_bits=st.integers(0, 15), stops=st.booleans())
-    def complete(self, stop_bits: int, stops: bool) -> None:
+    @rule(stop_bits=st.integers(0, 15), stops=st.booleans(), right=st.integers(0, 3))
+    def complete(self, stop_bits: int, stops: bool, right: int = 1) -> None:
         """The oldest step is done; some of its tokens end their requests."""
         plan = self.core.in_flight[0]
+        accepted = {verify.sequence.task_id: 1 + min(right, verify.draft) for verify in plan.verifies}
+        for verify in plan.verifies:
+            if self.state[verify.sequence.task_id] == "live":
+                self.verified(verify, accepted[verify.sequence.task_id])
         sampling = plan.sampling
         stopped = [s.task_id for bit, s in enumerate(sampling) if stops and stop_bits >> bit & 1]
         got = [sequence for sequence in sampling if self.state[sequence.task_id] == "live"]
         for sequence in got:
-            self.tokens[sequence.task_id] += 1
-        result = self.core.complete(plan, stopped)
+            self.tokens[sequence.task_id] += accepted.get(sequence.task_id, 1)
+        result = self.core.complete(plan, stopped, accepted)
+        live = {verify.sequence.task_id for verify in plan.verifies if verify.sequence in got}
+        assert {s.task_id: tokens for s, tokens in result.verified} == {n: t for n, t in accepted.items() if n in live}
         chunked = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         assert result.first_tokens == [sequence for sequence in chunked if sequence in got]
         expected = {}

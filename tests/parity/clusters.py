@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.acceptance import Acceptance
 from cluster.actions import DispatchTask, DrainExecutor, LaunchExecutor, RetireExecutor
 from cluster.client import Client
 from cluster.control import ControlPlane
@@ -38,6 +39,10 @@ class Run(NamedTuple):
     outputs: dict[int, list[int]]
 
 
+ACCEPTANCE = Acceptance(0.6, seed=3)
+"""Of guesses, on both sides, where engines speculate."""
+
+
 def simulated(engine: EngineConfig) -> Callable[[list[str], Path], Cluster]:
     """Makes a simulated cluster whose steps take as long as the real engines sleep."""
     node = Node(
@@ -47,13 +52,14 @@ def simulated(engine: EngineConfig) -> Callable[[list[str], Path], Cluster]:
         kv_bytes_per_token=1024,
         kv_segments=1,
         link=lambda: Link(1e9, 1e-5, 1e-6),
+        acceptance=ACCEPTANCE,
     )
     return lambda actors, _: SimCluster(actors, lambda _: node, REPORT_S)
 
 
 def real(engine: EngineConfig, record: bool = False) -> Callable[[list[str], Path], Cluster]:
     """Makes a real cluster of processes that sleep instead of computing."""
-    behind = Engine(engine, NullDevice(STEP_S, 0.0, VOCAB))
+    behind = Engine(engine, NullDevice(STEP_S, 0.0, VOCAB, ACCEPTANCE))
     return lambda actors, folder: RealCluster(
         actors,
         lambda _: behind,

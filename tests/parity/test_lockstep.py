@@ -47,13 +47,22 @@ class Recorded(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[("colocated", 1), ("disaggregated", 1), ("colocated", 2), ("disaggregated", 3)],
-    ids=lambda param: f"{param[0]}, {param[1]} in flight",
+    params=[
+        ("colocated", 1, 0),
+        ("disaggregated", 1, 0),
+        ("colocated", 2, 0),
+        ("disaggregated", 3, 0),
+        ("colocated", 1, 3),
+        ("disaggregated", 2, 2),
+    ],
+    ids=lambda param: f"{param[0]}, {param[1]} in flight, {param[2]} guesses",
 )
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """Two real engines have served the workload, one plan at a time or with plans in flight."""
-    kind, in_flight = request.param
+    kind, in_flight, guesses = request.param
     folder, limits = tmp_path_factory.mktemp(kind), msgspec.structs.replace(SMALL, max_in_flight=in_flight)
+    if guesses:  # fewer blocks: with guesses the same load is done sooner
+        limits = msgspec.structs.replace(limits, kv_blocks=36, token_budget=128, speculative_tokens=guesses)
     groups = (
         [clusters.group(Role.COLOCATED, 2)]
         if kind == "colocated"
@@ -93,6 +102,10 @@ def test_the_record_has_what_is_compared(recorded: Recorded) -> None:
     assert any(start > 0 for start in first_start.values())
     assert len(chunks) > len(first_start)
     assert max(turn.preemptions for turn in turns) > 0
+    if recorded.limits.speculative_tokens:
+        assert {tokens for turn in turns for tokens in turn.accepted.values()} == {
+            *range(1, recorded.limits.speculative_tokens + 2)
+        }
     ahead = max(plan.number - turn.done for turn in turns if turn.done is not None for plan in turn.plans)
     assert ahead == recorded.limits.max_in_flight - 1
     if any(name.endswith("decode") for name in recorded.engines):

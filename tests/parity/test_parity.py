@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster.fleet import Fleet
@@ -90,6 +91,25 @@ def test_parity_can_fail(tmp_path: Path) -> None:
         for make in (clusters.simulated, clusters.real)
     ]
     assert runs[0].decisions != runs[1].decisions
+
+
+@pytest.mark.parametrize("fleet", ["colocated", "disaggregated"])
+def test_speculation_changes_no_token(fleet: str, tmp_path: Path) -> None:
+    """Engines that guess yield, token for token, what they yield without, and the simulated ones as many."""
+    guessing = msgspec.structs.replace(ENGINE, token_budget=32 * 4, speculative_tokens=3)
+    plain, real, simulated = (
+        clusters.run(make(engine), tmp_path, triggered_workload(), FLEETS[fleet], RoundRobin())
+        for make, engine in (
+            (clusters.real, ENGINE),
+            (clusters.real, guessing),
+            (clusters.simulated, guessing),
+        )
+    )
+    assert real.outputs == plain.outputs
+    assert {number: len(tokens) for number, tokens in real.outputs.items()} == dict(
+        zip(simulated.recorder.requests["request_id"], simulated.recorder.requests["output_tokens"], strict=True)
+    )
+    assert _per_executor_start(real.decisions) == _per_executor_start(simulated.decisions)
 
 
 def burst() -> list[Arrival]:

@@ -34,6 +34,7 @@ shapes = st.builds(
     st.integers(0, 20),
     st.integers(0, 300),
     st.integers(0, 10**6),
+    st.integers(0, 300),
 )
 
 
@@ -119,7 +120,7 @@ def test_more_work_takes_no_less_time(shape: StepShape, npus: int) -> None:
     for model in [*rooflines, Fitted([5, 4, 3, 2, 1, 0, 7, 8]), Constant(0.01, 0.001)]:
         base = model.step_ns(shape)
         assert base >= 1
-        for place in range(5):
+        for place in range(6):
             more = list(shape)
             more[place] += 100
             assert model.step_ns(StepShape(*more)) >= base

@@ -86,5 +86,8 @@ class Fair(QueueOrder):
         # What stays decodes on from its own step: the sum is set so that the counter goes on from here.
         tenant.joined = tenant.decoding * steps
 
+    def verified(self, sequence: EngineSequence, tokens: int) -> None:
+        self._tenants[sequence.task.request.tenant].served += self._output_weight * tokens
+
     def _counter(self, tenant: _Tenant, steps: int) -> float:
         return tenant.served + self._output_weight * (tenant.decoding * steps - tenant.joined)
