@@ -134,7 +134,8 @@ def read_executors(folder: Path) -> "pd.DataFrame":
 def read_scaling(folder: Path) -> "pd.DataFrame":
     """One row per step in the life of an executor. ValueError: no such file, or one of another schema.
 
-    `what`: launch, a finished stage of starting up, ready, drained, retired or failed; `took_s`: of a stage, else 0.
+    `what`: launch, a finished stage of starting up, ready, drained, retired or failed, or "serves" and a role that it
+    has switched to; `took_s`: of a stage, else 0.
     """
     return _read_table(folder / "scaling.parquet")
 
@@ -307,7 +308,7 @@ def _life(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any
         if what in _STAGES:
             spans.append((time - took, time, what, executor))
             continue
-        if what != "drained" and executor in since:
+        if what in ("ready", "retired", "failed") and executor in since:
             name, start = since.pop(executor)
             spans.append((start, time, name, executor))
         if what in ("launch", "ready"):
