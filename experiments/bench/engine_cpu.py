@@ -50,22 +50,28 @@ def run(options: Options) -> list[Row]:
     wanted = sum(load.output for load in loads)
     peer = Peer(folder, threads=options.threads)
     engine = FlowServe(folder, ENGINE, threads=options.threads)
+    shorter = FlowServe(folder, ENGINE, "bfloat16", threads=options.threads)
     alone = Load(mixed_load(1, (SINGLE[0],) * 2, (SINGLE[1],) * 2, seed=1)[0].prompt, SINGLE[1])
     peer.generate([Load(load.prompt[:32], 4) for load in loads[:BATCH]], BATCH)
-    engine.serve([Load(load.prompt[:32], 4) for load in loads[:BATCH]])
+    for each in (engine, shorter):
+        each.serve([Load(load.prompt[:32], 4) for load in loads[:BATCH]])
 
     ours: list[float] = []
     static: list[float] = []
     continuous: list[float] = []
     apart: list[float] = []
+    short: list[float] = []
     gaps: list[tuple[float, float]] = []
     outputs: list[list[int]] = []
     expected: list[list[int]] = []
     blocks = sum(-(-(len(load.prompt) + load.output) // options.page) + 1 for load in loads)
     for _ in range(options.repeats):
         start = time.perf_counter()
-        outputs = [each.tokens for each in engine.serve(loads)]
+        outputs = [served.tokens for served in engine.serve(loads)]
         ours.append(wanted / (time.perf_counter() - start))
+        start = time.perf_counter()
+        shorter.serve(loads)
+        short.append(wanted / (time.perf_counter() - start))
         apart.append(_as_process(loads, options.threads))
         seconds, _ = peer.continuous(loads, options.page, blocks, options.budget)
         continuous.append(wanted / seconds)
@@ -73,7 +79,8 @@ def run(options: Options) -> list[Row]:
         expected = peer.generate(loads, BATCH)
         static.append(wanted / (time.perf_counter() - start))
         gaps += [(_tpot(engine.serve([alone])), _gap(peer.stream(alone))) for _ in range(3)]
-    engine.close()
+    for each in (engine, shorter):
+        each.close()
     same = sum(output == other for output, other in zip(outputs, expected, strict=True))
     own, theirs = np.median(gaps, axis=0) * 1e3
     return [
@@ -104,6 +111,12 @@ def run(options: Options) -> list[Row]:
             "x",
             f"{np.median(apart):.0f} tok/s",
             at_least=0.95,
+        ),
+        median_row(
+            "bfloat16 / float32 throughput, in process",
+            [a / b for a, b in zip(short, ours, strict=True)],
+            "x",
+            f"{np.median(short):.0f} tok/s",
         ),
     ]
 
