@@ -111,7 +111,7 @@ class Attention:
         self.o = Matrix(empty(self.heads * self.head_dim, config.hidden_size))
 
     def __call__(self, residual: Tensor, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, step: StepContext) -> Tensor:
-        """residual + attention of x, both [T, hidden]; cos and sin [T, 1, D]."""
+        """residual + attention of x, both [T, hidden]; cos and sin from `Ops.rotary`."""
         ops, heads, kv_heads = step.ops, self.heads, self.kv_heads
         qkv = self.project(x, ops)
         ops.rotate(qkv.narrow(1, 0, heads + kv_heads), cos, sin)
@@ -183,7 +183,7 @@ class Layer:
         self.mlp = mlp
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, step: StepContext) -> Tensor:
-        """x [T, hidden], cos and sin [T, 1, D]; returns [T, hidden]."""
+        """x [T, hidden], cos and sin from `Ops.rotary`; returns [T, hidden]."""
         ops = step.ops
         x = self.attention(x, ops.rms_norm(x, self.input_norm, self.eps), cos, sin, cache, step)
         return self.mlp(x, ops.rms_norm(x, self.post_norm, self.eps), ops)
@@ -213,7 +213,7 @@ class Decoder:
 
     def __call__(self, tokens: Tensor, positions: Tensor, step: StepContext) -> Tensor:
         x = self.embedding.index_select(0, tokens)
-        cos, sin = self.rotary.index_select(0, positions).unsqueeze(2).unbind(1)
+        cos, sin = step.ops.rotary(self.rotary.index_select(0, positions))
         for layer, cache in zip(self.layers, step.caches, strict=True):
             x = layer(x, cos, sin, cache, step)
         x = step.ops.rms_norm(x.index_select(0, step.sample_rows), self.norm, self.config.norm_eps)

@@ -14,14 +14,30 @@ from torch import Tensor
 from flowserve.ops.matrix import Matrix
 from flowserve.ops.step import StepContext
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda", "npu")
 
 
 class Ops(Protocol):
     """Operators of one device. Tensors are on that device and of the model's dtype unless said otherwise."""
 
+    KV_BLOCK_TOKENS: int
+    """Blocks of the KV cache must have a multiple of this many tokens."""
+    KV_ALIGNMENT_BYTES: int
+    """The memory of the KV cache must start at a multiple of this."""
+
     def layer_caches(self, kv: Tensor) -> list[Any]:
-        """Per layer, the device's view of `kv` (layers, 2, blocks, block_tokens, K, D), for `store_kv`, `attention`."""
+        """Per layer, the device's view of `kv` (layers, 2, blocks, block_tokens, K, D), for `store_kv`, `attention`.
+
+        Raises ValueError for sizes or a dtype that the device has no attention for.
+        """
+        ...
+
+    def shares_memory(self, caches: list[Any]) -> bool:
+        """Whether these caches are views of the `kv` they were made from, not copies in the device's own format."""
+        ...
+
+    def describe(self, caches: list[Any]) -> str:
+        """One line: how attention on these caches is computed."""
         ...
 
     def prepare(self, step: StepContext) -> object:
@@ -46,10 +62,14 @@ class Ops(Protocol):
         """
         ...
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Rotary embedding of x [T, heads, D], in place, halves layout. cos [T, 1, D], sin [T, 1, D], the latter with
-        its first half negated.
+    def rotary(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a step in the form that `rotate` takes, from rows [T, 2, D] of a model's table: cosines,
+        and sines with their first half negated.
         """
+        ...
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotary embedding of x [T, heads, D], in place, halves layout; cos and sin from `rotary`."""
         ...
 
     def swiglu(self, x: Tensor) -> Tensor:

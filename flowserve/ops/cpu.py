@@ -13,6 +13,9 @@ from torch import Tensor
 from flowserve.ops.matrix import Matrix, product
 from flowserve.ops.step import StepContext
 
+KV_BLOCK_TOKENS = 1
+KV_ALIGNMENT_BYTES = 64
+
 MAX_GROUP_BYTES = 2**19
 """Keys and values gathered at once for decodes: what one core's cache still has when attention reads it."""
 MAX_GROUP_PADDING = 24
@@ -83,6 +86,14 @@ def layer_caches(kv: Tensor) -> list[LayerCache]:
     ]
 
 
+def shares_memory(caches: list[LayerCache]) -> bool:
+    return True
+
+
+def describe(caches: list[LayerCache]) -> str:
+    return "attention on the CPU: torch's scaled_dot_product_attention, per prompt chunk and per group of decodes"
+
+
 def prepare(step: StepContext) -> _Prepared:
     cache: LayerCache = step.caches[0]
     dtype, block_size = cache.blocks.dtype, cache.blocks.shape[1]
@@ -151,6 +162,11 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     _, floor = _constants(math.sqrt(x.shape[-1] * eps))
     x.div_(norm.hypot_(floor).mul_(x.shape[-1] ** -0.5)).mul_(weight)
+
+
+def rotary(rows: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = rows.unsqueeze(2).unbind(1)
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:

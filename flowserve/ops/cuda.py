@@ -20,6 +20,8 @@ from flowserve.ops.step import StepContext
 
 BLOCK_MULTIPLE = 256
 """Tokens: the paged kernel loads whole tiles of keys from one block."""
+KV_BLOCK_TOKENS = BLOCK_MULTIPLE
+KV_ALIGNMENT_BYTES = 512
 MAX_HEAD_SIZE = 256
 ROW_MULTIPLE = 8
 """16-bit values: grouped multiplication asks for rows of a multiple of 16 bytes."""
@@ -65,6 +67,14 @@ def layer_caches(kv: Tensor) -> list[LayerCache]:
     return [LayerCache(layer[0], layer[1], layer.permute(1, 2, 0, 3, 4)) for layer in kv]
 
 
+def shares_memory(caches: list[LayerCache]) -> bool:
+    return True
+
+
+def describe(caches: list[LayerCache]) -> str:
+    return "attention on cuda: varlen_attn (FlashAttention 2) on the paged cache, one call for a step"
+
+
 def prepare(step: StepContext) -> _Prepared:
     """One copy to the device for all that attention reads."""
     count, width = step.block_tables.shape
@@ -102,6 +112,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
     x.copy_(rms_norm(x, weight, eps))
+
+
+def rotary(rows: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = rows.unsqueeze(2).unbind(1)
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -236,7 +236,8 @@ def start_up(
         loop = EngineLoop(setup, socket, runner, record, log)
         stage_done(Stage.TE_POST_LOAD, at)
         socket.send(wire.encode(wire.Ready(now(), runner.kv_handle)))
-        log.info("ready", extra={"spec": msgspec.to_builtins(setup.spec), "engine": msgspec.to_builtins(setup.engine)})
+        spec, built = msgspec.to_builtins(setup.spec), msgspec.to_builtins(setup.engine)
+        log.info("ready", extra={"spec": spec, "engine": built, "runner": runner.about})
         yield loop
     finally:
         runner.close()

@@ -44,6 +44,8 @@ class _Task(NamedTuple):
 class NullRunner:
     """Stands in for a device where the model is not the point: one step after the other, each as long as it is told."""
 
+    about = "no model: steps sleep, tokens are a hash of the prompt"
+
     def __init__(self, device: NullDevice) -> None:
         self._device = device
         self._payloads: dict[int, Payload] = {}

@@ -68,7 +68,9 @@ class StepOutput(NamedTuple):
 
 
 class Runner(Protocol):
-    """Runs the plans of one engine. Calls come from one thread."""
+    """Runs the plans of one engine. Calls come from one thread. `about`: a line for the log on how it computes."""
+
+    about: str
 
     def add(self, task_id: int, payload: Payload) -> None:
         """A task that plans may name from now on. Raises ValueError where its tokens are not the model's."""

@@ -43,6 +43,14 @@ class Sampled(NamedTuple):
     finite: Tensor
     logprobs: Logprobs | None
 
+    def to_host(self) -> "Sampled":
+        """Copies on the host, there once the device has done what was asked of it before."""
+        logprobs = self.logprobs
+        if logprobs is not None:
+            parts = [part.to("cpu", non_blocking=True) for part in logprobs[2:]]
+            logprobs = Logprobs(logprobs.places, logprobs.tops, *parts)
+        return Sampled(self.tokens.to("cpu", non_blocking=True), self.finite.to("cpu", non_blocking=True), logprobs)
+
 
 class _Row:
     """`slot`: where the counts of its tokens are, if it penalises. `ends`: tokens it must not draw too early."""

@@ -19,6 +19,7 @@ from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence
 from flowserve.models import load_model
+from flowserve.ops.device import open_device
 from flowserve.ops.step import Ints, StepContext
 from flowserve.runtime.kv_pool import KvPool
 from flowserve.runtime.packing import PackedStep, Packer
@@ -39,10 +40,12 @@ class _Launched(NamedTuple):
 
 
 class TorchRunner:
-    """The `Runner` on one torch device; `dtype` is that of weights, KV cache and computation.
+    """The `Runner` on one torch device; `dtype` is that of weights, KV cache and computation. `about`: in a line, how
+    attention is computed.
 
-    With plans in flight, a CPU computes on a thread of its own. What it works with is its own then: the model, the last
-    token of each task, and how tasks are sampled; a plan's inputs are packed before and do not change.
+    Other devices compute by themselves; with plans in flight, a CPU does so on a thread of its own. What it works with
+    is its own then: the model, the last token of each task, and how tasks are sampled; a plan's inputs are packed
+    before and do not change.
     Raises ValueError for a model, dtype or device that is not supported.
     """
 
@@ -57,8 +60,10 @@ class TorchRunner:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(DTYPES)}")
         torch.set_num_threads(num_threads)
-        self._device = torch.device(device)
-        self._ops = ops.load(self._device.type)
+        self._ops = ops.load(device.partition(":")[0])
+        self._accelerator = open_device(device)
+        self._accelerator.set()
+        self._device = self._accelerator.device
         self._config = engine_config
         self._block_tokens = engine_config.block_tokens
         self.model = load_model(Path(model_dir), DTYPES[dtype], self._device)
@@ -74,8 +79,10 @@ class TorchRunner:
             DTYPES[dtype],
             engine_config.kv_layout,
             self._device,
+            self._ops.KV_ALIGNMENT_BYTES,
         )
         self._caches = self._ops.layer_caches(self.pool.tensor)
+        self.about = self._ops.describe(self._caches)
         self._packer = Packer(engine_config.block_tokens)
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._sampler = Sampler(self.model.vocab_size, self._device, self._ops)
@@ -84,7 +91,7 @@ class TorchRunner:
         self._launched: deque[_Launched] = deque()
         self._leaving: deque[tuple[_Launched, int]] = deque()
         self._thread: ThreadPoolExecutor | None = None
-        if engine_config.max_in_flight > 1:
+        if engine_config.max_in_flight > 1 and self._device.type == "cpu":
             self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (num_threads,))
 
     def add(self, task_id: int, payload: Payload) -> None:
@@ -175,7 +182,7 @@ class TorchRunner:
 
     @property
     def kv_handle(self) -> KvHandle | None:
-        return self.pool.handle
+        return self.pool.handle if self._ops.shares_memory(self._caches) else None
 
     def stage(self, blocks: list[int]) -> None:
         self.pool.stage(blocks)
@@ -184,6 +191,10 @@ class TorchRunner:
         """Also raises ValueError where the peer's layout is not ours."""
         if source is None:
             raise FileNotFoundError("the peer offers no KV cache to read")
+        if not self._ops.shares_memory(self._caches):
+            raise FileNotFoundError(
+                "this device keeps its KV cache in a format of its own, which takes no other's blocks"
+            )
         self._packer.unclean.difference_update(blocks)  # overwritten as a whole, with what is clean at its source
         return self.pool.copy_blocks(self.pool.peer(source), source_blocks, blocks)
 
@@ -206,7 +217,17 @@ class TorchRunner:
         if self._thread is not None:
             return self._thread.submit(self._compute, changes, step, context).result
         result = self._compute(changes, step, context)
-        return lambda: result
+        if self._device.type == "cpu":
+            return lambda: result
+        result = result.to_host()
+        arrived = self._accelerator.event()
+        arrived.record()
+
+        def wait() -> Sampled:
+            arrived.synchronize()
+            return result
+
+        return wait
 
     @torch.inference_mode()
     def _compute(self, changes: list[Callable[[], object]], step: PackedStep, context: StepContext) -> Sampled:

@@ -184,8 +184,8 @@ def test_the_cpu_file_offers_every_operator() -> None:
     """The module stands for the interface (for the type checker), and an unknown device is refused."""
     ops: Ops = cpu
     assert load("cpu") is ops
-    with pytest.raises(ValueError, match=r"'npu': there are cpu"):
-        load("npu")
+    with pytest.raises(ValueError, match=r"'tpu': there are cpu, cuda, npu"):
+        load("tpu")
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=60), st.integers(1, 600))

@@ -324,7 +324,7 @@ def test_tokens_outside_the_vocabulary_are_refused(folder: Path) -> None:
     ("arguments", "message"),
     [
         ({"dtype": "int4"}, "dtype is 'int4': allowed are float32"),
-        ({"device": "cuda"}, "no operators for device 'cuda': there are cpu"),
+        ({"device": "tpu"}, "no operators for device 'tpu': there are cpu, cuda, npu"),
     ],
 )
 def test_arguments_that_are_not_supported(folder: Path, arguments: dict[str, str], message: str) -> None:

@@ -1,0 +1,39 @@
+"""The stand-in torch_npu for tests: `plugged` makes NPUs of a family appear, and none be there afterwards."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FAKE = str(Path(__file__).parent / "fake_npu")
+
+
+@contextmanager
+def plugged(family: str = "A2", devices: int = 1) -> Iterator[Any]:
+    """The stand-in torch_npu, with this many chips of this family.
+
+    From the first time on, this process has a device type npu, as with the real one.
+    """
+    if FAKE not in sys.path:
+        sys.path.insert(0, FAKE)
+    import torch_npu
+
+    assert torch_npu.__file__.startswith(FAKE)
+    torch_npu.npu.plug(devices, family)
+    try:
+        yield torch_npu
+    finally:
+        torch_npu.npu.plug(0)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Any]]:
+    """Every call of an operator, with its name and arguments."""
+    from torch_npu import operators
+
+    operators.recording = []
+    try:
+        yield operators.recording
+    finally:
+        operators.recording = None
