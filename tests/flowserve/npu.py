@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.flowserve import npu_operators
+
 FAKE = str(Path(__file__).parent / "fake_npu")
 
 
@@ -30,10 +32,8 @@ def plugged(family: str = "A2", devices: int = 1) -> Iterator[Any]:
 @contextmanager
 def recorded() -> Iterator[list[Any]]:
     """Every call of an operator, with its name and arguments."""
-    from torch_npu import operators
-
-    operators.recording = []
+    npu_operators.recording = []
     try:
-        yield operators.recording
+        yield npu_operators.recording
     finally:
-        operators.recording = None
+        npu_operators.recording = None

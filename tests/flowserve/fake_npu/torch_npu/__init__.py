@@ -5,9 +5,9 @@ Importing it registers the device `npu` with torch for the rest of the process, 
 
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from torch_npu.operators import *  # noqa: F403
+from tests.flowserve.npu_operators import *  # noqa: F403
+from tests.flowserve.npu_tensor import register_factories
 from torch_npu.runtime import Runtime
-from torch_npu.tensor import register_factories
 
 npu = Runtime()
 _setup_privateuseone_for_python_backend("npu", backend_module=npu)

@@ -7,6 +7,7 @@ called when it is a list.
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_npu.tensor import ND, NZ, NpuTensor, host
+from tests.flowserve.npu_tensor import ND, NZ, NpuTensor, host
 
 SHORT = (torch.float16, torch.bfloat16)
 FLOATS = (*SHORT, torch.float32)
+SOC_VERSIONS = {"A2": 224, "A3": 252, "310P": 202, "A5": 260}
 MASK = torch.ones(2048, 2048, dtype=torch.int8).triu_(1)
 
 
@@ -28,6 +30,7 @@ class ContractError(RuntimeError):
 class Call(NamedTuple):
     name: str
     arguments: dict[str, Any]
+    result: Any
 
 
 recording: list[Call] | None = None
@@ -41,9 +44,10 @@ def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
+        result = function(*args, **kwargs)
         if recording is not None:
-            recording.append(Call(function.__name__, arguments))
-        return function(*args, **kwargs)
+            recording.append(Call(function.__name__, arguments, result))
+        return result
 
     OPERATORS[function.__name__] = call
     __all__.append(function.__name__)
@@ -57,9 +61,9 @@ def need(condition: bool, what: str) -> None:
 
 
 def family() -> str:
-    import torch_npu
-
-    return str(torch_npu.npu.family)
+    """As the SoC number of the torch_npu that was imported says."""
+    version = sys.modules["torch_npu"].npu.get_soc_version()
+    return next(name for name, number in SOC_VERSIONS.items() if number == version)
 
 
 def on_device(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], dims: int | None = None) -> Tensor:
