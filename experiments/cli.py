@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": Command("experiments.commands.demo", "the main job: two policies on 910B, on this CPU, and simulated CPU"),
     "generate": Command("experiments.commands.generate", "text from one engine on this machine, as it comes"),
     "traces": Command("experiments.commands.traces", "list | stats | convert | generate"),
+    "doctor": Command("experiments.commands.doctor", "what this machine has, and operator self-tests"),
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 OPENERS: dict[str, Callable[[], Any]] = {
     "cuda": lambda: torch.cuda,
-    "npu": lambda: importlib.import_module("flowserve.ops.npu.driver").open_runtime(),
+    "npu": lambda: importlib.import_module("flowserve.ops.npu_driver").open_runtime(),
 }
 """Per device type, what must be loaded before its module can be asked. Raises ValueError where that fails."""
 

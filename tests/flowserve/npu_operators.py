@@ -413,6 +413,7 @@ def npu_moe_init_routing_v2(
     active_expert_range: Sequence[int] = (),
     row_idx_type: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need(family() in ("A2", "A3"), f"not on {family()}")
     rows = on_device("x", x, FLOATS, 2)
     chosen = on_device("expert_idx", expert_idx, [torch.int32], 2)
     need(len(chosen) == len(rows), f"{len(chosen)} rows of experts for {len(rows)} tokens")
@@ -469,6 +470,7 @@ def npu_moe_finalize_routing(
     drop_pad_mode: int = 0,
     k: int = 1,
 ) -> Tensor:
+    need(family() in ("A2", "A3"), f"not on {family()}")
     rows = on_device("expanded_permuted_rows", expanded_permuted_rows, FLOATS, 2)
     need((skip1, skip2, bias, export_for_source_row) == (None,) * 4, "sums and biases are not used here")
     need(drop_pad_mode == 2, f"drop_pad_mode {drop_pad_mode}: nothing dropped, row by row, is what is used here")

@@ -83,14 +83,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     [
         *[("A2", name) for name in MODELS],
         *[("A3", name) for name in ("llama 64", "qwen3_moe 128")],
-        *[("310P", name) for name in ("llama 16", "llama 128", "llama 192", "qwen3 128")],
+        *[("310P", name) for name in ("llama 16", "llama 128", "llama 192", "qwen3_moe 128")],
     ],
 )
 def test_tokens_are_those_of_the_cpu(models: Models, family: str, name: str) -> None:
     """Whatever the chip and the head size, mixed steps give the tokens of the float32 CPU path, by these operators."""
     with plugged(family), recorded() as calls:
         assert models.serve(name) == models.expected(name)
-    operators = (ATB if family == "310P" else FUSED) | (EXPERTS if "moe" in name else set())
+    operators = ATB if family == "310P" else FUSED | (EXPERTS if "moe" in name else set())
+    if "moe" in name:  # experts of 48 are too narrow for it on every chip, and these models have no other MLP
+        operators = operators - {"npu_swiglu"} if family == "310P" else operators
     assert {call.name for call in calls} == operators
 
 

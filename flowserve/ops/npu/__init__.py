@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowserve.ops import cpu
 from flowserve.ops.matrix import Matrix, product
 from flowserve.ops.npu.attention import BLOCK_TOKENS, LayerCache, choose
-from flowserve.ops.npu.driver import chip_family, load_torch_npu
+from flowserve.ops.npu_driver import Family, chip_family, load_torch_npu
 from flowserve.ops.step import StepContext
 
 KV_BLOCK_TOKENS = BLOCK_TOKENS
@@ -79,6 +80,8 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    if chip_family(torch_npu) is Family.INFERENCE:  # which has no operators for the routing
+        return cpu.experts(x, weights, chosen, gate_up, down)
     count, num_experts = chosen.numel(), len(gate_up)
     # Rows in the order of their experts; `places` [T * k]: where each choice of each token went; rows per expert.
     rows, places, sizes, _ = torch_npu.npu_moe_init_routing_v2(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowserve.ops.npu.driver import Family
+from flowserve.ops.npu_driver import Family
 from flowserve.ops.step import StepContext
 
 BLOCK_TOKENS = 128

@@ -1,6 +1,7 @@
 """Loading torch_npu, and which family of Ascend chips it finds. The only place that knows how that can fail."""
 
 import importlib
+import importlib.util
 from enum import StrEnum
 from typing import Any
 
@@ -34,6 +35,11 @@ def load_torch_npu() -> Any:
             f"torch_npu is installed but does not load: {error}. {SET_ENV[0].upper()}{SET_ENV[1:]}; to use this "
             "environment without the NPU, set TORCH_DEVICE_BACKEND_AUTOLOAD=0, or `import torch` fails too"
         ) from error
+
+
+def is_installed() -> bool:
+    """Whether there is a torch_npu to import, working or not."""
+    return importlib.util.find_spec("torch_npu") is not None
 
 
 def open_runtime() -> Any:
