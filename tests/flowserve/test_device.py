@@ -116,7 +116,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
     """`breaks(error)`: importing torch_npu raises it, during the test."""
 
     def install(error: Exception) -> None:
-        for name in [name for name in sys.modules if name.startswith(("torch_npu", "flowserve.ops.npu"))]:
+        for name in [name for name in sys.modules if f"{name}.".startswith(("torch_npu.", "flowserve.ops.npu."))]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(sys, "meta_path", [Broken(error), *sys.meta_path])
 
