@@ -15,7 +15,7 @@ from cluster.vocabulary import Outcome
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from sim.cluster import Failure
 from sim.latency import Constant
-from tests.builders import Run, chain, make_arrival, run_sim
+from tests.builders import Run, chain, disaggregated, make_arrival, run_sim
 from tests.contract.backends import BACKENDS, Driver
 
 
@@ -226,6 +226,21 @@ def test_prompts_have_the_step_to_themselves_where_nothing_decodes() -> None:
         serve(workload),
     ]
     assert len({run.recorder.end_ns for run in alone}) == 1
+
+
+def test_prefill_executors_may_have_a_budget_of_their_own() -> None:
+    """Nothing decodes there, so larger steps cost nobody's time per token: first tokens come sooner, at equal TPOT."""
+    workload = [make_arrival(n, at_s=0.05 * n, prompt=400, output=10) for n in range(20)]
+    shared, own = (
+        run_sim(
+            workload,
+            groups=disaggregated(),
+            engine=EngineConfig(1000, token_budget=64, max_sequences=32, prefill_token_budget=budget),
+        )
+        for budget in (None, 512)
+    )
+    assert mean(ttft(own)) < 0.5 * mean(ttft(shared))
+    assert longest_gap(own) == pytest.approx(longest_gap(shared), rel=0.2)
 
 
 # -- how an engine gets its policies --------------------------------------------------------------------------------
