@@ -76,6 +76,13 @@ class DrainExecutor(msgspec.Struct, frozen=True, tag=True):
     executor: str
 
 
+class ReleaseKvContext(msgspec.Struct, frozen=True, tag=True):
+    """Let an executor forget an explicitly cached context (`Request.context`), where it knows it. No answer."""
+
+    executor: str
+    context: str
+
+
 class SwitchRole(msgspec.Struct, frozen=True, tag=True):
     """Let an executor serve another role from here on, with what it has cached: `RoleSwitched`.
 
@@ -132,6 +139,7 @@ Action = (
     | ReportDemand
     | LaunchExecutor
     | DrainExecutor
+    | ReleaseKvContext
     | SwitchRole
     | RetireExecutor
     | AnnounceExecutor

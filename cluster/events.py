@@ -62,7 +62,8 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     """A task is done. `stopped`: the request is complete; a prefill task that is not stopped holds its KV cache.
 
     `tokens`: how many this task produced; `last_token_ns`: when the last of them was; `token_gaps_ns`: the
-    `tokens - 1` times between them. `kv_runs`: of a held KV cache, see `KvSource.runs`.
+    `tokens - 1` times between them. `cached_tokens`: of the prompt, not computed; of these, `dram_tokens` and
+    `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
     """
 
     request_id: int
@@ -74,6 +75,8 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     last_token_ns: int
     token_gaps_ns: tuple[int, ...] = ()
     cached_tokens: int = 0
+    dram_tokens: int = 0
+    ssd_tokens: int = 0
     preemptions: int = 0
     kv_runs: tuple[int, ...] = ()
 

@@ -6,7 +6,7 @@ the frontend holds.
 """
 
 from cluster import events as ev
-from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReportDemand
+from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReleaseKvContext, ReportDemand
 from cluster.fleet import Fleet
 from cluster.policy import DispatchPolicy
 from cluster.request import KvSource, Request, Task
@@ -207,7 +207,14 @@ class JobExecutor:
 
     def _end(self, job: Job, outcome: Outcome, reason: str = "") -> list[Action]:
         del self._jobs[job.request.request_id]
-        return [EndRequest(job.request.request_id, outcome, job.generated, reason)]
+        return [*self._release_context(job.request), EndRequest(job.request.request_id, outcome, job.generated, reason)]
+
+    def _release_context(self, request: Request) -> list[Action]:
+        """Wherever an explicitly cached context may lie: any executor may have served a request that named it."""
+        if request.context is None or not request.release_context:
+            return []
+        names = [name for group in self.fleet if group.model == request.model for name in group.names]
+        return [ReleaseKvContext(name, request.context) for name in names]
 
     def _release(self, job: Job) -> list[Action]:
         """Let go of the KV cache a finished prefill holds for this job."""

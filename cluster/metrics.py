@@ -49,12 +49,14 @@ class _Live:
         "arrival",
         "attempts",
         "cached",
+        "dram",
         "first",
         "gap_end",
         "gaps",
         "last",
         "preemptions",
         "prompt",
+        "ssd",
         "started",
     )
 
@@ -66,6 +68,8 @@ class _Live:
         self.gap_end = NONE
         self.gaps = array("q")
         self.cached = 0
+        self.dram = 0
+        self.ssd = 0
         self.preemptions = 0
         self.attempts = 0
         self.started = ""
@@ -83,6 +87,8 @@ class Recorder:
         "prompt_tokens",
         "output_tokens",
         "cached_tokens",
+        "dram_tokens",
+        "ssd_tokens",
         "preemptions",
         "failed_tasks",
     )
@@ -150,7 +156,8 @@ class Recorder:
         if live is None:
             return
         live.preemptions += event.preemptions
-        live.cached = max(live.cached, event.cached_tokens)
+        if event.cached_tokens > live.cached:
+            live.cached, live.dram, live.ssd = event.cached_tokens, event.dram_tokens, event.ssd_tokens
         live.started = live.started or event.executor
         live.last = event.last_token_ns
         gaps = event.token_gaps_ns
@@ -174,6 +181,8 @@ class Recorder:
             live.prompt,
             generated,
             live.cached,
+            live.dram,
+            live.ssd,
             live.preemptions,
             live.attempts,
         )
@@ -291,9 +300,10 @@ def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dic
     summary["goodput_rps"] = float(met.sum()) / span if span else float("nan")
     summary["throughput_rps"] = summary["finished"] / span if span else float("nan")
     summary["throughput_tokens_per_s"] = float(table.columns["output_tokens"].sum()) / span if span else float("nan")
-    summary["cached_token_share"] = float(table.columns["cached_tokens"].sum()) / max(
-        1, float(table.columns["prompt_tokens"].sum())
-    )
+    for tier in ("cached", "dram", "ssd"):  # the first is all of them
+        summary[f"{tier}_token_share"] = float(table.columns[f"{tier}_tokens"].sum()) / max(
+            1, float(table.columns["prompt_tokens"].sum())
+        )
     summary["preemptions"] = int(table.columns["preemptions"].sum())
     summary["failed_tasks"] = int(table.columns["failed_tasks"].sum())
     summary["npu_seconds"] = recorder.npu_seconds()

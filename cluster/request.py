@@ -16,10 +16,13 @@ class Request(msgspec.Struct, frozen=True):
     """What a client sends, and all that schedulers and policies may see of it.
 
     `block_ids` name the full 16-token blocks of the prompt; None means content shared with nobody.
-    `max_tokens` is the client's limit; the true output length is in `Answer`. `priority`: the larger, the more
-    important. `deadline_ns`: the whole answer is due so long after the request arrived at the frontend, where the
-    counting of every metric begins too; waiting anywhere and failed attempts count. Raises ValueError for numbers that
-    no request has.
+    `max_tokens` is the client's limit; the true output length is in `Answer`. `adapter`: weights on top of the model's.
+    `context_id`: preserve this prompt in the caches under an ID, or, where it begins with what the ID names, use that.
+    `release_context`: let go of the ID when this request has ended.
+    `priority`: the larger, the more important. `deadline_ns`: the whole answer is due so long after the request arrived
+    at the frontend, where the counting of every metric begins too; waiting anywhere and failed attempts count.
+
+    Raises ValueError for numbers that no request has.
     """
 
     request_id: int
@@ -28,6 +31,9 @@ class Request(msgspec.Struct, frozen=True):
     model: str
     block_ids: tuple[int, ...] | None = None
     tenant: str = ""
+    adapter: str = ""
+    context_id: str | None = None
+    release_context: bool = False
     priority: int = 0
     deadline_ns: int | None = None
 
@@ -42,6 +48,11 @@ class Request(msgspec.Struct, frozen=True):
                 f"request {self.request_id} has a deadline {self.deadline_ns} ns after its arrival: allowed are 1 and "
                 "more, or none"
             )
+
+    @property
+    def context(self) -> str | None:
+        """The ID that a cache knows the context by: IDs of different tenants and adapters are different ones."""
+        return None if self.context_id is None else "\x1f".join((self.tenant, self.adapter, self.context_id))
 
     @property
     def prompt_ids(self) -> identity.BlockIds:

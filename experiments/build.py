@@ -119,6 +119,7 @@ class RealSettings(msgspec.Struct, frozen=True):
     device: str | None
     dtype: str
     threads: int
+    ssd_folder: str | None
     pin: bool
     record: bool
     metrics_port: int | None
@@ -311,7 +312,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
     from sim.cluster import Node
     from sim.coldstart import ColdStart
-    from sim.link import Link
+    from sim.link import Link, TierLinks
 
     hardware = typed(cfg.hardware, Hardware, "hardware")
     shape = model_shape(cfg)
@@ -333,6 +334,10 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
                 link=lambda: Link(
                     hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s
+                ),
+                tiers=lambda: TierLinks(
+                    lambda: Link(hardware.pcie_bytes_per_s, hardware.pcie_latency_s, hardware.kv_call_overhead_s),
+                    lambda: Link(hardware.ssd_bytes_per_s, hardware.ssd_latency_s, hardware.kv_call_overhead_s),
                 ),
             )
         return nodes[spec]
@@ -378,7 +383,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
         acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
         device = NullDevice(backend.step_s, backend.prefill_token_s, vocab, acceptance)
     else:
-        device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads)
+        device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads, backend.ssd_folder)
     engines = {group.spec: Engine(engine_config(cfg, group.spec.npus), device) for group in groups(cfg)}
     for engine in engines.values():
         if engine.engine.speculative_tokens and not isinstance(device, NullDevice):

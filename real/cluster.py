@@ -21,6 +21,7 @@ from cluster.actions import (
     EndRequest,
     EndRun,
     LaunchExecutor,
+    ReleaseKvContext,
     RetireExecutor,
     SetTimer,
     SubmitRequest,
@@ -31,7 +32,7 @@ from cluster.request import Task
 from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core import messages
-from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost
+from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost, ReleaseContext
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime import wire
 from flowserve.runtime.log import LEVELS
@@ -138,6 +139,8 @@ class RealCluster(Cluster):
                 self._launch(action)
             case DrainExecutor():
                 self._send(action.executor, wire.Deliver(Drain()))
+            case ReleaseKvContext():
+                self._send(action.executor, wire.Deliver(ReleaseContext(action.context)))
             case SwitchRole():
                 self._send(action.executor, wire.Deliver(messages.SwitchRole(action.role)))
             case RetireExecutor():

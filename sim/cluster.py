@@ -18,6 +18,7 @@ from cluster.actions import (
     EndRequest,
     EndRun,
     LaunchExecutor,
+    ReleaseKvContext,
     RetireExecutor,
     SetTimer,
     SubmitRequest,
@@ -29,15 +30,28 @@ from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core import messages
-from flowserve.core.messages import Abort, Dispatch, Drain, KvFetched, KvOffered, KvRequested, Message, PeerLost
+from flowserve.core.fetch_cost import CostModel, PrefillTime, TransferTime
+from flowserve.core.messages import (
+    Abort,
+    Dispatch,
+    Drain,
+    KvFetched,
+    KvMoved,
+    KvOffered,
+    KvRequested,
+    Message,
+    PeerLost,
+    ReleaseContext,
+)
 from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.plan import Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
+from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
 from sim.executor import SimExecutor
-from sim.link import Link
+from sim.link import Link, TierLinks
 
 
 class Delays(msgspec.Struct, frozen=True):
@@ -58,8 +72,8 @@ class Node(msgspec.Struct, frozen=True):
     """What stands behind one kind of executor: engine limits, latency model, start-up stages, KV cache link.
 
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
-    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there.
-    `acceptance`: of guesses, where it speculates.
+    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `tiers`: links
+    to the tiers that the engine has below HBM. `acceptance`: of guesses, where it speculates.
     """
 
     engine: EngineConfig
@@ -71,6 +85,11 @@ class Node(msgspec.Struct, frozen=True):
     contention: float = 0.0
     host_step_s: float = 0.0
     acceptance: Acceptance = Acceptance()
+    tiers: Callable[[], TierLinks] | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        return self.engine.block_tokens * self.kv_bytes_per_token
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -122,6 +141,7 @@ class SimCluster(Cluster):
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
         self._nodes: dict[str, Node] = {}
         self._links: dict[str, Link] = {}
+        self._tier_links: dict[str, TierLinks] = {}
         self._launching: set[str] = set()
         self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
         self._undone: list[Action] = []
@@ -178,6 +198,8 @@ class SimCluster(Cluster):
                 self._send(action.executor, Drain(), self._dispatch_ns)
             case SwitchRole():
                 self._send(action.executor, messages.SwitchRole(action.role), self._dispatch_ns)
+            case ReleaseKvContext():
+                self._send(action.executor, ReleaseContext(action.context), self._dispatch_ns)
             case RetireExecutor():
                 if self._has(action.executor):
                     self._stop(action.executor)
@@ -222,13 +244,20 @@ class SimCluster(Cluster):
                 ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
             )
         self._launching.discard(action.executor)
-        shell = TaskExecutor(action.executor, action.spec, node.engine, self._report_to, self._report_period_ns)
+        latency, fetch_cost = node.latency(), None
+        if node.tiers is not None and node.engine.tiers.blocks:
+            links = self._tier_links[action.executor] = node.tiers()
+            rates = links.rates(node.block_bytes, node.kv_segments)
+            fetch_cost = CostModel(PrefillTime(latency, node.engine.token_budget), TransferTime(rates))
+        shell = TaskExecutor(
+            action.executor, action.spec, node.engine, self._report_to, self._report_period_ns, fetch_cost
+        )
         self._nodes[action.executor], self._links[action.executor] = node, node.link()
         self._tasks[action.executor] = {}
         self.executors[action.executor] = SimExecutor(
             self.env,
             shell,
-            node.latency(),
+            latency,
             self._answers,
             lambda out: self._deliver(action.executor, out),
             self._coalesce,
@@ -310,11 +339,20 @@ class SimCluster(Cluster):
                 self._send(name, KvOffered(message.task_id, message.for_task, other, None), self._peer_ns)
         for transfer in outbox.transfers:
             self._transfer(name, transfer)
+        for move in outbox.moves:
+            self._move(name, move)
+
+    def _move(self, name: str, move: Move) -> None:
+        node, now = self._nodes[name], self.now()
+        segments = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
+        num_bytes = len(move.source_blocks) * node.block_bytes
+        done = self._tier_links[name].transfer(now, move.source, move.target, num_bytes, segments)
+        self._at(done - now, lambda: self._send(name, KvMoved(move.ticket, True), 0))
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
         node, now = self._nodes[name], self.now()
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
-        num_bytes = len(transfer.blocks) * node.engine.block_tokens * node.kv_bytes_per_token
+        num_bytes = len(transfer.blocks) * node.block_bytes
         done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
 
         def end() -> None:  # a source that died in the middle took the rest of the KV cache with it

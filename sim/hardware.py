@@ -8,10 +8,11 @@ class Hardware(msgspec.Struct, frozen=True):
 
     `flops`: dense 16-bit peak. `efficiency_*`: share of the peak that real kernels reach. `step_overhead_s`: host and
     launch time per step. `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous
-    segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how
-    much longer a step takes for each other executor that computes meanwhile, as a share (engines on the cores of one
-    CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits for
-    it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
+    segment. `pcie_*`: between HBM and host memory, each way; `ssd_*`: between host memory and disk; moves over them
+    pay the same overhead per segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`:
+    by how much longer a step takes for each other executor that computes meanwhile, as a share (engines on the cores of
+    one CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits
+    for it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
     """
 
     name: str
@@ -25,6 +26,10 @@ class Hardware(msgspec.Struct, frozen=True):
     kv_link_bytes_per_s: float
     kv_link_latency_s: float
     kv_call_overhead_s: float
+    pcie_bytes_per_s: float
+    pcie_latency_s: float
+    ssd_bytes_per_s: float
+    ssd_latency_s: float
     usable_hbm: float = 0.9
     contention: float = 0.0
     host_step_s: float = 0.0

@@ -105,6 +105,7 @@ class Lockstep:
             ("plans", turn.plans, plans),
             ("preemptions", turn.preemptions, self.executor.shell.core.preemptions),
             ("transfers", turn.transfers, transfers),
+            ("moves", turn.moves, outbox.moves),
         ):
             if recorded != simulated:
                 self.difference = Difference(number, what, recorded, simulated)

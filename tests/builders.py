@@ -24,7 +24,7 @@ from policies.scaling.fixed import Fixed
 from sim.cluster import Delays, Failure, Node, SimCluster
 from sim.executor import SimExecutor
 from sim.latency import Constant
-from sim.link import Link
+from sim.link import Link, TierLinks
 
 MODEL = "m"
 
@@ -172,6 +172,10 @@ class Run(NamedTuple):
         return [event for event in self.events if isinstance(event, kinds)]
 
 
+def tier_links(pcie_bytes_per_s: float, ssd_bytes_per_s: float, latency_s: float = 0.0) -> TierLinks:
+    return TierLinks(lambda: Link(pcie_bytes_per_s, latency_s, 0.0), lambda: Link(ssd_bytes_per_s, latency_s, 0.0))
+
+
 def no_stages() -> list[tuple[Stage, int]]:
     return [(stage, 0) for stage in Stage]
 
@@ -185,6 +189,7 @@ def run_sim(
     latency: Callable[[], LatencyModel] = lambda: Constant(0.01),
     host_step_s: float = 0.0,
     link: Callable[[], Link] = lambda: Link(1e9, 0.0, 0.0),
+    tiers: Callable[[], TierLinks] = lambda: tier_links(1e9, 1e8),
     kv_bytes_per_token: int = 1000,
     kv_segments: int = 1,
     stages: Sequence[tuple[Stage, int]] | None = None,
@@ -220,6 +225,7 @@ def run_sim(
         link=link,
         host_step_s=host_step_s,
         acceptance=Acceptance(acceptance),
+        tiers=tiers,
     )
     cluster = SimCluster(
         ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce

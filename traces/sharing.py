@@ -52,7 +52,8 @@ class PrefixSharing:
                 raise TraceError(
                     f"request {request.request_id} has block ids: allowed are requests without; leave out PrefixSharing"
                 )
-            salt, full = identity.salt(request.model, tenant=request.tenant), request.prompt_tokens // BLOCK_TOKENS
+            salt = identity.salt(request.model, request.adapter, request.tenant)
+            full = request.prompt_tokens // BLOCK_TOKENS
             goes_on, growth = rng.random() < self.continue_share, rng.lognormal(GROWTH_MU, GROWTH_SIGMA)
             room = full - growth / BLOCK_TOKENS
             before = _longest(contexts, room) if goes_on else None

@@ -1,17 +1,15 @@
 """Whether preserved KV cache in a lower tier is fetched or computed again (DeepServe section 4.2)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
 from cluster.latency import LatencyModel, StepShape
-from flowserve.core.tiers import Tier
+from flowserve.core.tiers import Tier, TierConfig
 
 Parts = Sequence[tuple[Tier, int]]
 """(tier, number of blocks) of consecutive parts of a context."""
-
-FetchRule = Literal["cost", "always", "never"]
 
 
 class FetchCost(Protocol):
@@ -54,6 +52,15 @@ class CostModel:
             if saved >= most:
                 best, most = blocks, saved
         return best
+
+
+def fetch_rule(tiers: TierConfig, cost: FetchCost | None) -> FetchCost:
+    """What decides for these tiers. ValueError: by cost, but there is no cost model."""
+    if tiers.fetch != "cost" or not tiers.blocks:
+        return Always(tiers.fetch == "always")
+    if cost is None:
+        raise ValueError("tiers.fetch is cost, but nothing is known of costs here: set it to always or never")
+    return cost
 
 
 class PrefillTime:

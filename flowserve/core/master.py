@@ -13,15 +13,18 @@ from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinis
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
+from flowserve.core.fetch_cost import FetchCost
 from flowserve.core.messages import (
     Abort,
     Dispatch,
     KvFetched,
+    KvMoved,
     KvOffered,
     KvReleased,
     KvRequested,
     Message,
     PeerLost,
+    ReleaseContext,
 )
 from flowserve.core.outbox import Load, Outbox, Transfer
 from flowserve.core.plan import Fetch, Plan
@@ -42,9 +45,9 @@ class _Entry(NamedTuple):
 class Master:
     """Runs the tasks of one engine, of any kind. `name`: the executor that its events speak for."""
 
-    def __init__(self, name: str, config: EngineConfig, outbox: Outbox) -> None:
+    def __init__(self, name: str, config: EngineConfig, outbox: Outbox, fetch_cost: FetchCost | None = None) -> None:
         self.name = name
-        self.core = EngineCore(config)
+        self.core = EngineCore(config, fetch_cost)
         self._outbox = outbox
         self._entries: dict[int, _Entry] = {}
         self._fetches: dict[int, tuple[Fetch, KvSource]] = {}
@@ -75,15 +78,22 @@ class Master:
                 self._end_lease(message.task_id)
             case KvFetched():
                 self._fetched(message.task_id, message.success, now)
+            case KvMoved():
+                self.core.moved(message.ticket, message.success)
+            case ReleaseContext():
+                self.core.release_context(message.context)
             case PeerLost():
                 self._peer_lost(message.executor, now)
         self._forget_times()
 
     def next_plan(self) -> Plan | None:
-        """Decide the next step; also starts the transfers that the engine has made room for."""
+        """Decide the next step; also starts the transfers that there is room for, and copies between tiers."""
         plan = self.core.schedule()
         if self._request_fetches() and plan is None:
             plan = self.core.schedule()
+        if self.core.rtc.moves:
+            self._outbox.moves += self.core.rtc.moves
+            self.core.rtc.moves.clear()
         if self.core.failed:
             self._give_up(self._now)
         return plan
@@ -253,6 +263,8 @@ class Master:
                 last_token_ns=now,
                 token_gaps_ns=tuple([later - earlier for earlier, later in pairwise(times)]),
                 cached_tokens=sequence.cached_tokens,
+                dram_tokens=sequence.fetched_tokens[0],
+                ssd_tokens=sequence.fetched_tokens[1],
                 preemptions=sequence.preemptions,
                 kv_runs=tuple(run_lengths(sequence.blocks)) if held else (),
             )

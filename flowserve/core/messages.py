@@ -64,10 +64,35 @@ class KvFetched(msgspec.Struct, frozen=True, tag=True):
     success: bool
 
 
+class KvMoved(msgspec.Struct, frozen=True, tag=True):
+    """The data plane of this executor ended a copy between tiers, well or not."""
+
+    ticket: int
+    success: bool
+
+
+class ReleaseContext(msgspec.Struct, frozen=True, tag=True):
+    """Let go of an explicitly cached context."""
+
+    context: str
+
+
 class PeerLost(msgspec.Struct, frozen=True, tag=True):
     """An executor died: its leases end, and what was to come from it will not."""
 
     executor: str
 
 
-Message = Dispatch | Abort | Drain | SwitchRole | KvRequested | KvOffered | KvReleased | KvFetched | PeerLost
+Message = (
+    Dispatch
+    | Abort
+    | Drain
+    | SwitchRole
+    | KvRequested
+    | KvOffered
+    | KvReleased
+    | KvFetched
+    | KvMoved
+    | ReleaseContext
+    | PeerLost
+)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from cluster.events import Event
 from flowserve.core.messages import Message
+from flowserve.core.tiers import Move
 
 
 class Transfer(NamedTuple):
@@ -16,16 +17,17 @@ class Transfer(NamedTuple):
 
 
 class Outbox:
-    """What has come of the calls since the last `take`. `forgotten`: tasks that no later plan names, whose tokens may
-    go.
+    """What has come of the calls since the last `take`. `moves`: copies between tiers for the data plane, each answered
+    with `KvMoved`. `forgotten`: tasks that no later plan names, whose tokens may go.
     """
 
-    __slots__ = ("events", "forgotten", "peers", "transfers")
+    __slots__ = ("events", "forgotten", "moves", "peers", "transfers")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.peers: list[tuple[str, Message]] = []
         self.transfers: list[Transfer] = []
+        self.moves: list[Move] = []
         self.forgotten: list[int] = []
 
     def take(self) -> "Outbox":

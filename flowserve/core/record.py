@@ -10,6 +10,7 @@ import msgspec
 from cluster.latency import StepShape
 from flowserve.core.messages import Message
 from flowserve.core.plan import Plan
+from flowserve.core.tiers import Move
 
 
 class PlanRecord(msgspec.Struct, frozen=True):
@@ -37,7 +38,8 @@ class TurnRecord(msgspec.Struct, frozen=True):
     there. `plans`: scheduled and launched, in this order. `done`: number of the plan that was completed then, the
     oldest in flight; None where none was. `stopped`: task ids whose token in it was the last. `preemptions`: so far,
     after scheduling. `transfers`: KV cache the turn asked the data plane for, as (task id, source blocks, blocks).
-    `accepted`: tokens by task id, of those in it that speculate.
+    `moves`: copies between tiers likewise, asked for with the plans. `accepted`: tokens by task id, of those in it that
+    speculate.
     """
 
     start_ns: int
@@ -48,6 +50,7 @@ class TurnRecord(msgspec.Struct, frozen=True):
     stopped: list[int]
     preemptions: int
     transfers: list[tuple[int, list[int], list[int]]]
+    moves: list[Move]
     accepted: dict[int, int] = {}
 
 

@@ -15,40 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import msgspec
-
 from cluster.identity import BlockIds
 from flowserve.core.allocator import AllocatorKind
-from flowserve.core.tiers import Move, Pool, State, Tier, Transit
+from flowserve.core.tiers import Move, Pool, State, Tier, TierConfig, Transit
 
 HBM = Tier.HBM
-
-
-class TierConfig(msgspec.Struct, frozen=True):
-    """Sizes of the tiers below HBM in blocks (0: none) and when blocks move down.
-
-    A tier with less than the share `swap_low` of its blocks free moves least recently used ones to the next tier until
-    the share `swap_high` is free, at most `swap_step_blocks` of them per step.
-    """
-
-    dram_blocks: int = 0
-    ssd_blocks: int = 0
-    swap_low: float = 0.1
-    swap_high: float = 0.2
-    swap_step_blocks: int = 256
-
-    def __post_init__(self) -> None:
-        if self.dram_blocks < 0 or self.ssd_blocks < 0:
-            raise ValueError(
-                f"dram_blocks {self.dram_blocks}, ssd_blocks {self.ssd_blocks}: allowed are 0 (no such tier) and more"
-            )
-        if not 0 <= self.swap_low <= self.swap_high <= 1:
-            raise ValueError(
-                f"swap_low {self.swap_low}, swap_high {self.swap_high}: allowed are shares of a tier, from 0 to 1, the"
-                " low one not above the high one"
-            )
-        if self.swap_step_blocks < 1:
-            raise ValueError(f"swap_step_blocks is {self.swap_step_blocks}: allowed are 1 and more")
 
 
 class Node:
@@ -514,7 +485,12 @@ class Rtc:
         return len(sources)
 
     def _make_room(self, pool: Pool, count: int) -> int:
-        """Have `count` blocks of a lower tier free, dropping least recently used ones; returns how many there are."""
+        """Have up to `count` blocks of a lower tier free; returns how many there are.
+
+        The last tier drops what goes first there. The others do not: what they hold moves on by itself.
+        """
+        if pool.tier in self._below:
+            return min(count, pool.allocator.free)
         while pool.allocator.free < count:
             while pool.leaves and _is_stale(pool.leaves[0], pool.tier, pinned=False):
                 heapq.heappop(pool.leaves)

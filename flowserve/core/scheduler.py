@@ -20,10 +20,12 @@ from cluster.latency import StepShape
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, Role, TaskKind
 from flowserve.core.allocator import AllocatorKind
+from flowserve.core.fetch_cost import FetchCost, fetch_rule
 from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult, Verify
-from flowserve.core.rtc import Rtc
+from flowserve.core.rtc import Match, Rtc
 from flowserve.core.sequence import DecodeClock, Sequence, Status
-from flowserve.core.transfer import KvLayout, runs_from
+from flowserve.core.tiers import Tier, TierConfig, Transit
+from flowserve.core.transfer import KvLayout, run_lengths, runs_from
 
 T = TypeVar("T")
 NONE: Mapping[int, int] = MappingProxyType({})
@@ -39,6 +41,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     which free blocks a sequence gets, see `flowserve.core.allocator`. `evict_share`: share of blocks evicted from the
     prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
     `kv_layout`: order of the KV cache in memory, which must be the same in engines that exchange it.
+    `prefix_cache`: whether prompts find what others left; contexts with an ID are found also without.
+    `tiers`: host memory and disk behind the KV cache. `preemption`: whether a preempted sequence is computed again, but
+    for what the cache still has, or its KV cache is copied to the next tier at once, to be fetched back.
 
     `prefill_token_budget`, `decode_token_budget`: in place of `token_budget` where an executor has that role.
 
@@ -62,6 +67,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     decode_token_budget: int | None = None
     speculative_tokens: int = 0
     drafter: Literal["ngram", "model"] = "ngram"
+    tiers: TierConfig = TierConfig()
+    preemption: Literal["recompute", "swap"] = "recompute"
     order: PolicySpec | None = None
     victim: PolicySpec | None = None
     eviction: PolicySpec | None = None
@@ -89,6 +96,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
             raise ValueError(f"watermark is {self.watermark}: allowed is a share from 0 up to 1")
         if not 0 <= self.evict_share < 1:
             raise ValueError(f"evict_share is {self.evict_share}: allowed is a share from 0 up to 1")
+        if self.preemption == "swap" and not (self.tiers.blocks and self.prefix_cache):
+            raise ValueError(
+                f"preemption is swap with tiers.dram_blocks {self.tiers.dram_blocks}, tiers.ssd_blocks"
+                f" {self.tiers.ssd_blocks}, prefix_cache {self.prefix_cache}: it needs room in a tier and the cache, so"
+                " give it both, or set preemption to recompute"
+            )
 
     def budget(self, role: Role) -> int:
         """Tokens per step of an executor of this role."""
@@ -97,9 +110,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class EngineCore:
-    """Queues, batch and KV cache of one engine. Plain host logic: no clock, no threads, no tensors."""
+    """Queues, batch and KV cache of one engine. Plain host logic: no clock, no threads, no tensors.
 
-    def __init__(self, config: EngineConfig) -> None:
+    `fetch_cost`: what `tiers.fetch: cost` asks; not needed without lower tiers.
+    """
+
+    def __init__(self, config: EngineConfig, fetch_cost: FetchCost | None = None) -> None:
         self.config = config
         self.token_budget = config.token_budget
         self.order = _policy(config.order, QueueOrder)
@@ -107,10 +123,13 @@ class EngineCore:
         self.chunking = _policy(config.chunking, ChunkPolicy)
         self.rtc = Rtc(
             config.kv_blocks,
+            config.tiers,
             eviction_key=_policy(config.eviction, EvictionPolicy).key,
             allocator=config.allocator,
-            evict_at_least=int(config.evict_share * config.kv_blocks),
+            # What is dropped is lost; with lower tiers it moves there ahead of need.
+            evict_at_least=0 if config.tiers.blocks else int(config.evict_share * config.kv_blocks),
         )
+        self.fetch_cost = fetch_rule(config.tiers, fetch_cost)
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
@@ -122,6 +141,7 @@ class EngineCore:
         self._ids: dict[int, BlockIds] = {}
         self._num_waiting = 0
         self._running: dict[int, Sequence] = {}
+        self._populating: dict[Transit, Sequence] = {}
         self._prefilling: dict[int, Sequence] = {}
         self._decoding: dict[int, Sequence] = {}
         self._speculating: dict[int, Sequence] = {}
@@ -168,6 +188,10 @@ class EngineCore:
                 sequence.status = Status.ENDED  # the transfer still writes into its blocks: freed by `fetched`
             case Status.HELD if task_id in self.held:
                 self.release_held(task_id)
+            case Status.POPULATING:  # the copy goes on, into blocks that the cache owns
+                self._populating = {handle: each for handle, each in self._populating.items() if each is not sequence}
+                self._leave_batch(sequence)
+                self._end(sequence, keep)
             case _:
                 self._leave_batch(sequence)
                 self._end(sequence, keep)
@@ -187,6 +211,27 @@ class EngineCore:
         self._join_decodes(sequence)
         return None
 
+    def moved(self, ticket: int, success: bool) -> None:
+        """A copy between tiers ended. A sequence that waited for it goes on; after a failure it computes everything."""
+        transit = self.rtc.moved(ticket, success)
+        sequence = None if transit is None else self._populating.pop(transit, None)
+        if transit is None or sequence is None:
+            return
+        if self.rtc.query_populate(transit):
+            assert sequence.node is not None
+            sequence.blocks = self.rtc.path_blocks(sequence.node) + sequence.blocks[sequence.tree_blocks :]
+            sequence.status = Status.PREFILL
+            self._prefilling[sequence.task_id] = sequence
+        else:
+            self._leave_batch(sequence)
+            self._drop_blocks(sequence)
+            sequence.computed, sequence.may_fetch = 0, False
+            self._enqueue(sequence)
+
+    def release_context(self, context: str) -> bool:
+        """Let go of an explicitly cached context; False where it is not known here."""
+        return self.rtc.release(context)
+
     def release_held(self, task_id: int) -> bool:
         """Drop the KV cache that a finished prefill task holds. False where it is not held (any more)."""
         sequence = self.held.pop(task_id, None)
@@ -202,7 +247,10 @@ class EngineCore:
 
         None where there is nothing to compute, or where plans in flight must complete first.
         """
-        if len(self.in_flight) >= self.config.max_in_flight or not self._grow_decodes():
+        if len(self.in_flight) >= self.config.max_in_flight:
+            return None
+        self.rtc.swap_out()
+        if not self._grow_decodes():
             return None
         if self._speculating and not self._grow_speculating():
             return None
@@ -240,6 +288,7 @@ class EngineCore:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
+                self._keep(sequence)
                 first_tokens.append(sequence)
         # In order of arrival, so that blocks are freed in one order whoever lists the stops.
         ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
@@ -268,7 +317,7 @@ class EngineCore:
         while self._limits and self._limits[0][2].limit != self._limits[0][0]:
             heapq.heappop(self._limits)
         steps = min(most, self._limits[0][0] - self.clock.issued - 1) if self._limits else most
-        rounds = self.rtc.available // len(batch)
+        rounds = self.rtc.steady_blocks // len(batch)
         return max(0, min(steps, rounds * self.config.block_tokens))
 
     def advance(self, steps: int) -> None:
@@ -386,12 +435,18 @@ class EngineCore:
         fetching = sequence.task.kv is not None and not sequence.preemptions
         target = sequence.target - 1 if fetching else sequence.target
         ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self.config.block_tokens
-        node, cached, _ = self.rtc.match_by_prefix_token(ids, min(limit, len(ids)) if self.config.prefix_cache else 0)
+        match = self._match(sequence, ids, min(limit, len(ids)))
+        node, cached = match.node, match.blocks
         need = self._blocks_for(target) - len(cached)
         reserve = 0 if alone else self._watermark
+        if alone and need > self.rtc.available and not self.rtc.moving:
+            self._release_contexts(need)
         blocks = None
         if need + reserve <= self.rtc.available:
-            runs = runs_from(sequence.task.kv.runs, len(cached)) if fetching and sequence.task.kv else ()
+            if fetching and sequence.task.kv:
+                runs = runs_from(sequence.task.kv.runs, len(cached))
+            else:
+                runs = run_lengths([block for lower in match.lower for block in lower.blocks])
             blocks = self.rtc.alloc_blocks(need, cached[-1] if cached else None, runs)
         if blocks is None:
             self.rtc.unlock(node)
@@ -402,17 +457,65 @@ class EngineCore:
         self.waiting_tokens -= sequence.target
         self._running[sequence.task_id] = sequence
         sequence.node, sequence.tree_blocks, sequence.blocks = node, len(cached), cached + blocks
-        sequence.computed = len(cached) * self.config.block_tokens
+        transit = None if fetching or not match.lower else self._populate(sequence, target, match)
+        sequence.computed = sequence.tree_blocks * self.config.block_tokens
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
+            sequence.fetched_tokens = self._fetched_tokens(transit)
         self.order.admitted(sequence, 0 if fetching else target - sequence.computed)
-        if fetching:
+        if transit is not None:
+            sequence.status = Status.POPULATING
+            self._populating[transit] = sequence
+        elif fetching:
             sequence.status, sequence.target = Status.FETCHING, target
             self.fetches.append(Fetch(sequence, sequence.computed, target))
         else:
             sequence.status = Status.PREFILL
             self._prefilling[sequence.task_id] = sequence
         return sequence
+
+    def _match(self, sequence: Sequence, ids: BlockIds, limit: int) -> Match:
+        """What of a context is preserved: by its tokens, or, where only contexts with an ID are, by that."""
+        if self.config.prefix_cache:
+            return self.rtc.match_by_prefix_token(ids, limit)
+        context = sequence.task.request.context
+        kept = None if context is None else self.rtc.kept(context)
+        if context is None or not kept or len(kept) > len(ids) or kept[-1] != ids[len(kept) - 1]:
+            return self.rtc.match_by_prefix_token(ids, 0)
+        return self.rtc.match_by_id(context, limit)
+
+    def _populate(self, sequence: Sequence, target: int, match: Match) -> Transit | None:
+        """Fetch what follows in lower tiers, as far as that is faster than computing it."""
+        if not sequence.may_fetch:
+            return None
+        at, size = len(match.blocks), self.config.block_tokens
+        lower = match.parts[1:] if at else match.parts
+        count = self.fetch_cost.worthwhile(target, at * size, size, lower)
+        if not count:
+            return None
+        transit = self.rtc.populate(match, sequence.blocks[at : at + count])
+        sequence.node, sequence.tree_blocks = transit.nodes[-1], at + count
+        return transit
+
+    def _fetched_tokens(self, transit: Transit | None) -> tuple[int, int]:
+        """Tokens that come from DRAM and from SSD."""
+        nodes = [] if transit is None else transit.nodes
+        dram, ssd = (sum(len(node.blocks) for node in nodes if node.tier is tier) for tier in (Tier.DRAM, Tier.SSD))
+        return dram * self.config.block_tokens, ssd * self.config.block_tokens
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Preserve the prompt under the ID that the request gives, unless that names a beginning of it already."""
+        context, ids = sequence.task.request.context, self._ids[sequence.task_id][: sequence.tree_blocks]
+        if context is None or not ids or sequence.node is None:
+            return
+        kept = self.rtc.kept(context)
+        if not kept or len(kept) > len(ids) or kept[-1] != ids[len(kept) - 1]:
+            self.rtc.keep(context, sequence.node, ids)
+
+    def _release_contexts(self, need: int) -> None:
+        """Contexts with an ID give way, oldest first, where otherwise nothing could ever run again."""
+        while need > self.rtc.available and self.rtc.release_oldest():
+            pass
 
     def _head(self) -> Sequence:
         """Who waits and is next; those that were aborted in the queue leave it here."""
@@ -550,10 +653,13 @@ class EngineCore:
         return victim
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, to be recomputed; what is computed stays cached as long as there is room."""
+        """Back to the queue; what is computed stays cached as long as there is room, or moves down at once."""
         self._leave_batch(sequence)
         self._cache(sequence, min(sequence.computed, sequence.task.request.prompt_tokens + sequence.sampled))
+        cached = sequence.tree_blocks
         self._drop_blocks(sequence)
+        if self.config.preemption == "swap":
+            self._swap(sequence, cached)
         self.preemptions += 1
         sequence.preemptions += 1
         sequence.computed = 0
@@ -564,6 +670,18 @@ class EngineCore:
             self._forget(sequence)
         else:
             self._enqueue(sequence)
+
+    def _swap(self, sequence: Sequence, cached: int) -> None:
+        """Copy what a sequence had to the next tier. Blocks are free when that has ended, but the others decode on: for
+        a block each, the end of it is dropped.
+        """
+        others = len(self._decoding) + len(self._speculating)
+        room = self.rtc.alloc_blocks(min(others, self.rtc.available))
+        assert room is not None
+        self.rtc.free(room)
+        left = self.rtc.match_by_prefix_token(self._ids[sequence.task_id], cached)
+        self.rtc.unlock(left.node)
+        self.rtc.copy(left.node)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -603,7 +721,8 @@ class EngineCore:
         """Put the full blocks of the first `valid_tokens` positions into the tree, for others to find."""
         ids = self._ids[sequence.task_id]
         full = min(valid_tokens // self.config.block_tokens, len(ids))
-        if full > sequence.tree_blocks and self.config.prefix_cache:
+        explicit = sequence.task.request.context is not None
+        if full > sequence.tree_blocks and (self.config.prefix_cache or explicit):
             assert sequence.node is not None
             sequence.node, duplicates = self.rtc.insert(
                 sequence.node, sequence.tree_blocks, ids[:full], sequence.blocks

@@ -20,7 +20,8 @@ class DecodeClock:
 
 
 class Status(Enum):
-    """Where a sequence is. FETCHING: its KV cache is on the way; HELD: prefilled here, for another engine to fetch.
+    """Where a sequence is. FETCHING: its KV cache comes from another engine; POPULATING: some of it comes from a lower
+    tier; HELD: prefilled here, for another engine to fetch.
 
     SPECULATE: it decodes by verifying guesses, outside the decode clock. LAST: it decodes in a plan in flight for the
     last time that the client's limit allows.
@@ -28,6 +29,7 @@ class Status(Enum):
 
     WAITING = auto()
     FETCHING = auto()
+    POPULATING = auto()
     PREFILL = auto()
     DECODE = auto()
     LAST = auto()
@@ -45,6 +47,8 @@ class Sequence:
     `pending`: a plan in flight samples for it, while it speculates: only then is known how far it got.
     `runs`: (first, last) values of the decode clock between which it decoded, in completed plans.
     `limit`: the decode clock at which the client's token limit is reached.
+    `cached_tokens`: not computed, because they were cached; `fetched_tokens`: of these, from DRAM and from SSD.
+    `may_fetch`: whether lower tiers are used; no longer once that has failed.
     """
 
     __slots__ = (
@@ -54,8 +58,10 @@ class Sequence:
         "clock",
         "computed",
         "duplicates",
+        "fetched_tokens",
         "joined",
         "limit",
+        "may_fetch",
         "node",
         "pending",
         "preemptions",
@@ -83,6 +89,8 @@ class Sequence:
         self.tree_blocks = 0
         self.duplicates: list[int] = []
         self.cached_tokens = 0
+        self.fetched_tokens = (0, 0)
+        self.may_fetch = True
         self.runs: list[tuple[int, int]] = []
         self.preemptions = 0
 

@@ -8,23 +8,31 @@ from collections.abc import Collection, Mapping
 
 from cluster.identity import BlockIds
 from cluster.vocabulary import ExecutorSpec
+from flowserve.core.fetch_cost import FetchCost
 from flowserve.core.master import Master
 from flowserve.core.messages import Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import NONE, EngineConfig
 from flowserve.core.shell import TeShell
+from flowserve.core.tiers import Move
 
 
 class TaskExecutor:
     """One executor whose engine is up. Load reports go to `report_to`, at most every `report_period_ns`."""
 
     def __init__(
-        self, name: str, spec: ExecutorSpec, config: EngineConfig, report_to: tuple[str, ...], report_period_ns: int
+        self,
+        name: str,
+        spec: ExecutorSpec,
+        config: EngineConfig,
+        report_to: tuple[str, ...],
+        report_period_ns: int,
+        fetch_cost: FetchCost | None = None,
     ) -> None:
         self._outbox = Outbox()
         self.shell = TeShell(name, spec, self._outbox, report_to, report_period_ns)
-        self.master = Master(name, config, self._outbox)
+        self.master = Master(name, config, self._outbox, fetch_cost)
         self.core = self.master.core
         self.shell.attach(self.master)
 
@@ -59,6 +67,11 @@ class TaskExecutor:
         """Steps that only decoded the same batch, with no stop, ended at these times."""
         self.master.advance(ends)
         self.shell.changed()
+
+    def moves(self) -> list[Move]:
+        """Copies between tiers that the last plans asked for, ahead of the rest of the outbox."""
+        moves, self._outbox.moves = self._outbox.moves, []
+        return moves
 
     def outbox(self) -> Outbox:
         """Everything since the last call; the caller delivers it."""

@@ -1,7 +1,9 @@
 """Where KV cache blocks lie: device memory, host memory, disk; and the copies between them."""
 
 from enum import Enum, IntEnum, auto
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
 
 from flowserve.core.allocator import AllocatorKind, make_allocator
 
@@ -15,6 +17,39 @@ class Tier(IntEnum):
     HBM = 0
     DRAM = 1
     SSD = 2
+
+
+class TierConfig(msgspec.Struct, frozen=True):
+    """Sizes of the tiers below HBM in blocks (0: none) and when blocks move down.
+
+    A tier with less than the share `swap_low` of its blocks free moves least recently used ones to the next tier until
+    the share `swap_high` is free, at most `swap_step_blocks` of them per step. `fetch`: when what lies in a lower tier
+    is brought back for a prompt: where that is not slower than computing it, always, or never.
+    """
+
+    dram_blocks: int = 0
+    ssd_blocks: int = 0
+    swap_low: float = 0.1
+    swap_high: float = 0.2
+    swap_step_blocks: int = 256
+    fetch: Literal["cost", "always", "never"] = "cost"
+
+    def __post_init__(self) -> None:
+        if self.dram_blocks < 0 or self.ssd_blocks < 0:
+            raise ValueError(
+                f"dram_blocks {self.dram_blocks}, ssd_blocks {self.ssd_blocks}: allowed are 0 (no such tier) and more"
+            )
+        if not 0 <= self.swap_low <= self.swap_high <= 1:
+            raise ValueError(
+                f"swap_low {self.swap_low}, swap_high {self.swap_high}: allowed are shares of a tier, from 0 to 1, the"
+                " low one not above the high one"
+            )
+        if self.swap_step_blocks < 1:
+            raise ValueError(f"swap_step_blocks is {self.swap_step_blocks}: allowed are 1 and more")
+
+    @property
+    def blocks(self) -> int:
+        return self.dram_blocks + self.ssd_blocks
 
 
 class State(Enum):

@@ -18,6 +18,7 @@ import zmq
 from cluster import identity
 from cluster.events import Event, ExecutorDrained, TaskAborted, TaskFailed, TaskFinished
 from cluster.vocabulary import Stage, to_s
+from flowserve.core.fetch_cost import FetchCost
 from flowserve.core.messages import Dispatch, KvFetched, KvOffered, Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.record import PlanRecord, TurnRecord
@@ -26,7 +27,9 @@ from flowserve.runtime import wire
 from flowserve.runtime.child import follow_parent
 from flowserve.runtime.intake import NOTHING, Intake, Taken
 from flowserve.runtime.log import engine_logger
+from flowserve.runtime.mover import Mover
 from flowserve.runtime.runner import KvHandle, Payload, Runner
+from flowserve.runtime.tier_costs import measured
 
 PERMANENT: tuple[type[Exception], ...] = (
     ValueError,
@@ -52,8 +55,10 @@ class EngineLoop:
         setup: wire.EngineSetup,
         socket: "zmq.Socket[bytes]",
         runner: Runner,
+        mover: Mover,
         record: IO[bytes] | None,
         log: logging.Logger,
+        fetch_cost: FetchCost | None = None,
     ) -> None:
         self._log = log
         self._setup = setup
@@ -64,7 +69,13 @@ class EngineLoop:
         self._done: list[Message] = []
         self._payloads: dict[int, Payload] = {}
         self._handles: dict[str, KvHandle | None] = {}
-        self._shell = TaskExecutor(setup.executor, setup.spec, setup.engine, setup.report_to, setup.report_period_ns)
+        self._shell = TaskExecutor(
+            setup.executor, setup.spec, setup.engine, setup.report_to, setup.report_period_ns, fetch_cost
+        )
+        self._mover = mover
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._mover.fd, zmq.POLLIN)
 
     def run(self) -> None:
         """Serve until told to stop."""
@@ -84,7 +95,8 @@ class EngineLoop:
                 runner.launch(plan)
                 if self._record is not None:
                     plans.append(PlanRecord.of(plan))
-            preemptions = shell.core.preemptions
+            preemptions, moves = shell.core.preemptions, shell.moves()
+            self._mover.start(moves)
             taken, done = NOTHING, None
             if in_flight:
                 done = in_flight[0].number
@@ -99,7 +111,7 @@ class EngineLoop:
             if self._record is not None:
                 transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
                 turn = TurnRecord(
-                    start, end, messages, plans, done, taken.stopped, preemptions, transfers, taken.accepted
+                    start, end, messages, plans, done, taken.stopped, preemptions, transfers, moves, taken.accepted
                 )
                 self._record.write(msgspec.json.encode(turn) + b"\n")
                 self._record.flush()
@@ -111,12 +123,15 @@ class EngineLoop:
 
     def _receive(self, block: bool) -> list[Message] | None:
         """Everything that has arrived; None for a stop. Waits for something, or for a report to be due, if `block`."""
-        messages, self._done = self._done, []
+        messages, self._done = [*self._done, *self._mover.ended()], []
         timeout = 0
         if block and not messages:
             due = self._shell.report_due
             timeout = -1 if due is None else max(0, (due - self.now()) // 1_000_000 + 1)
-        if not self._socket.poll(timeout):
+        ready = dict(self._poller.poll(timeout))
+        if self._mover.fd in ready:
+            messages += self._mover.ended()
+        if self._socket not in ready:
             return messages
         while True:
             try:
@@ -205,7 +220,9 @@ def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable
     def torch_runner() -> Runner:
         from flowserve.runtime.torch_runner import TorchRunner
 
-        return TorchRunner(device.model_dir, setup.engine, device.dtype, device.device, device.threads)
+        return TorchRunner(
+            device.model_dir, setup.engine, device.dtype, device.device, device.threads, device.ssd_folder
+        )
 
     return torch_runner, torch_imports
 
@@ -231,15 +248,22 @@ def start_up(
     runner = make()
     at = stage_done(Stage.TE_LOAD, at)
     record = None if setup.record is None else open(setup.record, "wb")  # noqa: SIM115 (closed below)
+    mover: Mover | None = None
     try:
         runner.warm_up()
-        loop = EngineLoop(setup, socket, runner, record, log)
+        by_cost = setup.engine.tiers.blocks and setup.engine.tiers.fetch == "cost"
+        mover = Mover(runner.move)
+        loop = EngineLoop(
+            setup, socket, runner, mover, record, log, measured(runner, setup.engine) if by_cost else None
+        )
         stage_done(Stage.TE_POST_LOAD, at)
         socket.send(wire.encode(wire.Ready(now(), runner.kv_handle)))
         spec, built = msgspec.to_builtins(setup.spec), msgspec.to_builtins(setup.engine)
         log.info("ready", extra={"spec": spec, "engine": built, "runner": runner.about})
         yield loop
     finally:
+        if mover is not None:
+            mover.close()
         runner.close()
         if record is not None:
             record.close()

@@ -67,6 +67,11 @@ class KvPool:
             self.tensor = self._memory.view(shape)
         self._peers: dict[str, _Peer] = {}
 
+    @property
+    def memory(self) -> Tensor:
+        """The same as copies see it: (pieces of a run, blocks, elements of a piece of one block)."""
+        return self._memory
+
     def peer(self, handle: KvHandle) -> Tensor:
         """The KV cache of another engine, for `copy_blocks`, read-only by agreement.
 

@@ -10,6 +10,7 @@ import xxhash
 
 from flowserve.core.plan import Plan, Verify
 from flowserve.core.sequence import Sequence
+from flowserve.core.tiers import Move
 from flowserve.runtime.runner import KvHandle, Payload, StepOutput
 from flowserve.runtime.wire import NullDevice
 
@@ -146,6 +147,9 @@ class NullRunner:
 
     def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
         return 0
+
+    def move(self, move: Move) -> None:
+        time.sleep(self._device.move_block_s * len(move.source_blocks))
 
     def close(self) -> None:
         return

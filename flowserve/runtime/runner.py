@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from cluster.request import Answer
 from flowserve.core.plan import Plan
+from flowserve.core.tiers import Move
 from flowserve.core.transfer import KvLayout
 from flowserve.runtime.sampling import Sampling
 
@@ -113,6 +114,13 @@ class Runner(Protocol):
         """Copy a peer's KV cache blocks into ours, block for block; returns the number of copies it took.
 
         Raises OSError where the peer's KV cache is gone.
+        """
+        ...
+
+    def move(self, move: Move) -> None:
+        """Copy KV cache blocks between tiers, pair by pair. Raises OSError where that fails.
+
+        The one call that comes from another thread, while plans run; they do not touch these blocks.
         """
         ...
 

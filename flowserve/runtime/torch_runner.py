@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from flowserve import ops
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence
+from flowserve.core.tiers import Move, TierConfig
 from flowserve.models import load_model
 from flowserve.ops.device import open_device
 from flowserve.ops.step import Ints, StepContext
+from flowserve.runtime.host_tiers import HostTiers
 from flowserve.runtime.kv_pool import KvPool
 from flowserve.runtime.packing import PackedStep, Packer
 from flowserve.runtime.runner import KvHandle, Payload, StepOutput, TokenLogprobs
@@ -56,6 +59,7 @@ class TorchRunner:
         dtype: str = "float32",
         device: str = "cpu",
         num_threads: int = 1,
+        ssd_folder: str | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -81,6 +85,7 @@ class TorchRunner:
             self._device,
             self._ops.KV_ALIGNMENT_BYTES,
         )
+        self._tiers = HostTiers(self.pool.memory, 1, engine_config.tiers, ssd_folder)
         self._caches = self._ops.layer_caches(self.pool.tensor)
         self.about = self._ops.describe(self._caches)
         self._packer = Packer(engine_config.block_tokens)
@@ -132,7 +137,8 @@ class TorchRunner:
 
     def warm_up(self) -> None:
         """A prompt and a few tokens through an engine core of their own; their blocks are overwritten before use."""
-        core, token = EngineCore(self._config), max(0, self.model.vocab_size - 1)
+        core = EngineCore(msgspec.structs.replace(self._config, tiers=TierConfig(), preemption="recompute"))
+        token = max(0, self.model.vocab_size - 1)
         length = min(64, self._positions - WARM_UP_TOKENS, self._config.kv_blocks * self._block_tokens - WARM_UP_TOKENS)
         if length < 1:
             return
@@ -198,10 +204,14 @@ class TorchRunner:
         self._packer.unclean.difference_update(blocks)  # overwritten as a whole, with what is clean at its source
         return self.pool.copy_blocks(self.pool.peer(source), source_blocks, blocks)
 
+    def move(self, move: Move) -> None:
+        self._tiers.move(move)
+
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown()
         self._caches = []
+        self._tiers.close()
         self.pool.close()
 
     def _release(self, row: int) -> None:

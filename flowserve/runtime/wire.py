@@ -23,15 +23,19 @@ class NullDevice(msgspec.Struct, frozen=True, tag=True):
     prefill_token_s: float = 0.0
     vocab: int = 1000
     acceptance: Acceptance = Acceptance()
+    move_block_s: float = 0.0
 
 
 class TorchDevice(msgspec.Struct, frozen=True, tag=True):
-    """A model from a Hugging Face folder on a torch device."""
+    """A model from a Hugging Face folder on a torch device. `ssd_folder`: where the file of the SSD tier is, None for
+    the system's folder for temporary files.
+    """
 
     model_dir: str
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
+    ssd_folder: str | None = None
 
 
 class EngineSetup(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ from real.cluster import Engine, RealCluster
 from sim.cluster import Delays, Node, SimCluster
 from sim.latency import Constant
 from sim.link import Link
-from tests.builders import MODEL, make_spec
+from tests.builders import MODEL, make_spec, tier_links
 
 ACTORS = ("client", "je", "cm")
 GUARD_S = 60.0
@@ -45,6 +45,7 @@ def sim_cluster(
         kv_segments=2,
         link=lambda: Link(1e9, 1e-4, 1e-5),
         acceptance=Acceptance(acceptance),
+        tiers=lambda: tier_links(1e9, 1e8, 1e-4),
     )
     return SimCluster(actors, lambda spec: node, report_period_s, Delays(5e-5, 5e-5, 2e-5, 5e-5))
 

@@ -101,6 +101,7 @@ PERFORMED: list[Action] = [
     act.AbortTask("te-1", 2),
     act.LaunchExecutor("te-1", make_spec()),
     act.DrainExecutor("te-1"),
+    act.ReleaseKvContext("te-1", "t\x1fa\x1fdoc"),
     act.SwitchRole("te-1", Role.DECODE),
     act.RetireExecutor("te-1"),
     act.EndRun(),

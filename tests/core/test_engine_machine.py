@@ -6,21 +6,31 @@ shared, freed, evicted or handed out wrongly shows as a wrong context.
 """
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from cluster import identity
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
+from flowserve.core.fetch_cost import Parts
 from flowserve.core.plan import Fetch, Plan, Verify
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence, Status
+from flowserve.core.tiers import Move, Tier, TierConfig
 from tests.builders import chain, make_task
 
 KINDS = (TaskKind.SERVE, TaskKind.SERVE, TaskKind.SERVE, TaskKind.PREFILL, TaskKind.DECODE)
+
+
+class SomeParts:
+    """Fetches all that is preserved, or the first part of it, or nothing."""
+
+    def worthwhile(self, context: int, cached: int, block_tokens: int, parts: Parts) -> int:
+        return (0, parts[0][1], sum(count for _, count in parts))[context % 3]
 
 
 def state_of(core: EngineCore) -> Any:
@@ -50,6 +60,8 @@ def state_of(core: EngineCore) -> Any:
         "clock": (core.clock.issued, core.clock.done),
         "held": list(core.held),
         "room": (core.rtc.available, core.rtc.cached_blocks),
+        "lower": [sorted(pool.allocator.free_blocks()) for pool in list(core.rtc.pools.values())[1:]],
+        "moves": (core.rtc.moving, list(core.rtc.moves)),
     }
 
 
@@ -65,6 +77,10 @@ class EngineMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.0, 0.2]),
         prefix_cache=st.sampled_from([True, True, True, False]),
         guesses=st.sampled_from([0, 0, 1, 3]),
+        dram_blocks=st.sampled_from([0, 4, 12]),
+        ssd_blocks=st.sampled_from([0, 8]),
+        swap_low=st.sampled_from([0.0, 0.3, 0.8]),
+        preemption=st.sampled_from(["recompute", "swap"]),
     )
     def start(
         self,
@@ -76,19 +92,26 @@ class EngineMachine(RuleBasedStateMachine):
         watermark: float,
         prefix_cache: bool,
         guesses: int,
+        dram_blocks: int,
+        ssd_blocks: int,
+        swap_low: float,
+        preemption: Literal["recompute", "swap"],
     ) -> None:
-        budget = max_sequences * (1 + guesses) + spare_budget
         self.config = EngineConfig(
-            kv_blocks,
-            block_tokens,
-            budget,
-            max_sequences,
-            depth,
-            watermark,
-            prefix_cache,
+            kv_blocks=kv_blocks,
+            block_tokens=block_tokens,
+            token_budget=max_sequences * (1 + guesses) + spare_budget,
+            max_sequences=max_sequences,
+            max_in_flight=depth,
+            watermark=watermark,
+            prefix_cache=prefix_cache,
             speculative_tokens=guesses,
+            tiers=TierConfig(dram_blocks, ssd_blocks, swap_low, max(swap_low, 0.5), 4),
+            preemption=preemption if dram_blocks + ssd_blocks and prefix_cache else "recompute",
         )
-        self.core = EngineCore(self.config)
+        self.core = EngineCore(self.config, SomeParts())
+        self.moves: dict[int, Move] = {}
+        self.lower: dict[tuple[Tier, int, int], Any] = {}
         self.tasks: dict[int, Task] = {}
         self.ids: dict[int, identity.BlockIds] = {}
         self.state: dict[int, str] = {}
@@ -152,13 +175,17 @@ class EngineMachine(RuleBasedStateMachine):
         earlier=st.integers(0, 3),
         path=st.none() | st.lists(st.integers(0, 1), min_size=8, max_size=10),
         kind=st.sampled_from(KINDS),
+        context=st.sampled_from([None, None, None, "a", "b"]),
     )
-    def add(self, prompt: int, limit: int, earlier: int, path: list[int] | None, kind: TaskKind) -> None:
+    def add(
+        self, prompt: int, limit: int, earlier: int, path: list[int] | None, kind: TaskKind, context: str | None
+    ) -> None:
         """A new task: fresh, a retry with earlier tokens, or a decode task whose first token came from elsewhere."""
         task_id = len(self.tasks)
         generated = max(1, earlier) if kind is TaskKind.DECODE else earlier
         source = "elsewhere" if kind is TaskKind.DECODE else None
         task = make_task(task_id, prompt, generated + limit, kind, generated, source=source)
+        task = replace(task, request=replace(task.request, context_id=context))
         known = None if path is None else chain(*path)
         ids = identity.of_context(task_id, task.request.max_tokens, known)
         refusal = self.core.add(task, ids)
@@ -196,6 +223,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.context_is_there(fetch.sequence, fetch.skip)
             self.fetches[fetch.sequence.task_id] = fetch
         self.core.fetches.clear()
+        self.moves |= {move.ticket: move for move in self.core.rtc.moves}
+        self.core.rtc.moves.clear()
         for task_id in self.core.task_ids():
             sequence = self.core.sequence(task_id)
             assert sequence is not None
@@ -325,6 +354,34 @@ class EngineMachine(RuleBasedStateMachine):
             assert lost is sequence
             self.ends(task_id, "lost")
 
+    @precondition(lambda self: self.moves)
+    @rule(which=st.integers(0, 99), success=st.sampled_from([True, True, True, False]))
+    def moved(self, which: int, success: bool) -> None:
+        """A copy between tiers ends, well or not, whatever has become of those who wanted it."""
+        move = self.moves.pop(list(self.moves)[which % len(self.moves)])
+        for source, target in zip(move.source_blocks, move.target_blocks, strict=True):
+            for offset in range(self.config.block_tokens if success else 0):
+                self.write(move.target, target, offset, self.read(move.source, source, offset))
+        self.core.moved(move.ticket, success)
+
+    def read(self, tier: Tier, block: int, offset: int) -> Any:
+        return self.kv.get((block, offset)) if tier is Tier.HBM else self.lower.get((tier, block, offset))
+
+    def write(self, tier: Tier, block: int, offset: int, content: Any) -> None:
+        if tier is Tier.HBM:
+            self.kv[block, offset] = content
+        else:
+            self.lower[tier, block, offset] = content
+
+    @rule(context=st.sampled_from(["a", "b"]))
+    def release_context(self, context: str) -> None:
+        """An explicitly cached context is let go, whether it is known or not."""
+        key = make_task().request
+        name = replace(key, context_id=context).context
+        assert name is not None
+        known = self.core.rtc.kept(name) is not None
+        assert self.core.release_context(name) == known
+
     @precondition(lambda self: self.core.held)
     @rule(which=st.integers(0, 99))
     def release(self, which: int) -> None:
@@ -381,6 +438,10 @@ class EngineMachine(RuleBasedStateMachine):
         free = set(self.core.rtc.allocator.free_blocks())
         assert not any(free & blocks for blocks in self.written.values()), "a plan in flight writes into a free block"
         assert not any(free & set(fetch.sequence.blocks) for fetch in self.fetches.values())
+        assert len(self.moves) == self.core.rtc.moving
+        for move in self.moves.values():
+            for tier, blocks in ((move.source, move.source_blocks), (move.target, move.target_blocks)):
+                assert not set(self.core.rtc.pools[tier].allocator.free_blocks()) & set(blocks), "copied while free"
         for sequence in self.core.decoding():
             assert sequence.generated == self.tokens[sequence.task_id]
 
@@ -394,12 +455,18 @@ class EngineMachine(RuleBasedStateMachine):
                 self.complete(0, False)
             elif self.fetches:
                 self.fetched(0, True)
+            elif self.moves:
+                self.moved(0, True)
             elif not self.core.idle:
                 assert self.core.held, f"stuck: {state_of(self.core)}"
                 self.release(0)
             self.conserved()
         assert "live" not in self.state.values()
         assert self.core.num_running == self.core.num_waiting == self.core.waiting_tokens == 0
+        while self.moves:
+            self.moved(0, True)
+        while self.core.rtc.release_oldest():
+            pass
         assert self.core.rtc.available == self.config.kv_blocks
 
 

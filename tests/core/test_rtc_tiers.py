@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.identity import BlockIds
-from flowserve.core.rtc import Node, Rtc, TierConfig
-from flowserve.core.tiers import Move, State, Tier, Transit
+from flowserve.core.rtc import Node, Rtc
+from flowserve.core.tiers import Move, State, Tier, TierConfig, Transit
 from tests.builders import chain
 
 HBM, DRAM, SSD = Tier
@@ -177,9 +177,10 @@ class TieredMachine(RuleBasedStateMachine):
             self.release(name)
         assert self.rtc.available == self.rtc.total_blocks
         assert self.rtc.alloc_blocks(self.rtc.total_blocks) is not None
-        for pool in self.rtc.pools.values():
-            assert self.rtc._make_room(pool, pool.allocator.total) == pool.allocator.total or pool.tier is HBM
-        assert list(self.rtc.nodes()) == []
+        for node in list(self.rtc.root.children.values()):
+            self.rtc._drop(node)
+        assert all(pool.cached == 0 for pool in self.rtc.pools.values())
+        self.rtc.check_integrity(list(range(self.rtc.total_blocks)))
 
 
 TestTieredMachine = TieredMachine.TestCase

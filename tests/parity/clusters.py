@@ -24,6 +24,7 @@ from real.cluster import Engine, RealCluster
 from sim.cluster import Node, SimCluster
 from sim.latency import Constant
 from sim.link import Link
+from tests.builders import tier_links
 
 STEP_S = 0.003
 VOCAB = 1000
@@ -53,6 +54,7 @@ def simulated(engine: EngineConfig) -> Callable[[list[str], Path], Cluster]:
         kv_segments=1,
         link=lambda: Link(1e9, 1e-5, 1e-6),
         acceptance=ACCEPTANCE,
+        tiers=lambda: tier_links(1e9, 1e8, 1e-4),
     )
     return lambda actors, _: SimCluster(actors, lambda _: node, REPORT_S)
 

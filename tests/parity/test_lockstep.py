@@ -10,11 +10,15 @@ from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import Role, to_ns
 from flowserve.core.record import TurnRecord, read_turns
 from flowserve.core.scheduler import EngineConfig
+from flowserve.core.tiers import Tier, TierConfig
 from policies.dispatch.round_robin import RoundRobin
 from sim.lockstep import Lockstep
 from tests.parity import clusters
 
 SMALL = EngineConfig(kv_blocks=60, block_tokens=16, token_budget=64, max_sequences=32)
+TIERED = msgspec.structs.replace(
+    SMALL, tiers=TierConfig(40, 40, 0.2, 0.4, swap_step_blocks=16, fetch="always"), preemption="swap"
+)
 
 
 def workload() -> list[Arrival]:
@@ -50,8 +54,10 @@ class Recorded(NamedTuple):
     params=[
         ("colocated", 1, 0),
         ("disaggregated", 1, 0),
+        ("tiered", 1, 0),
         ("colocated", 2, 0),
         ("disaggregated", 3, 0),
+        ("tiered", 2, 0),
         ("colocated", 1, 3),
         ("disaggregated", 2, 2),
     ],
@@ -60,13 +66,14 @@ class Recorded(NamedTuple):
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """Two real engines have served the workload, one plan at a time or with plans in flight."""
     kind, in_flight, guesses = request.param
-    folder, limits = tmp_path_factory.mktemp(kind), msgspec.structs.replace(SMALL, max_in_flight=in_flight)
+    folder = tmp_path_factory.mktemp(kind)
+    limits = msgspec.structs.replace(TIERED if kind == "tiered" else SMALL, max_in_flight=in_flight)
     if guesses:  # fewer blocks: with guesses the same load is done sooner
         limits = msgspec.structs.replace(limits, kv_blocks=36, token_budget=128, speculative_tokens=guesses)
     groups = (
-        [clusters.group(Role.COLOCATED, 2)]
-        if kind == "colocated"
-        else [clusters.group(Role.PREFILL, 1), clusters.group(Role.DECODE, 1)]
+        [clusters.group(Role.PREFILL, 1), clusters.group(Role.DECODE, 1)]
+        if kind == "disaggregated"
+        else [clusters.group(Role.COLOCATED, 2)]
     )
     clusters.run(clusters.real(limits, record=True), folder, workload(), groups, RoundRobin())
     roles = [group.spec.role for group in groups for _ in range(group.initial)]
@@ -110,6 +117,9 @@ def test_the_record_has_what_is_compared(recorded: Recorded) -> None:
     assert ahead == recorded.limits.max_in_flight - 1
     if any(name.endswith("decode") for name in recorded.engines):
         assert any(turn.transfers for turn in turns)
+    if recorded.limits.tiers.blocks:
+        moved = {(move.source, move.target) for turn in turns for move in turn.moves}
+        assert {(Tier.HBM, Tier.DRAM), (Tier.DRAM, Tier.HBM), (Tier.DRAM, Tier.SSD)} <= moved
 
 
 def test_lockstep_can_fail(recorded: Recorded) -> None:

@@ -12,6 +12,7 @@ from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
 from flowserve.core.scheduler import EngineConfig
+from flowserve.core.tiers import TierConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
 from policies.dispatch.least_outstanding import LeastOutstanding
@@ -21,7 +22,7 @@ from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure, SimCluster
 from sim.latency import Constant, Fitted
 from sim.link import Link
-from tests.builders import Run, chain, disaggregated, make_arrival, make_request, run_sim
+from tests.builders import Run, chain, disaggregated, make_arrival, make_request, run_sim, tier_links
 
 
 def deepflow() -> DispatchPolicy:
@@ -73,6 +74,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of a run: sizes, roles, latencies, delays, failures."""
     prefill, decode, colocated = draw(st.sampled_from([(0, 0, 1), (0, 0, 2), (1, 1, 0), (2, 2, 0), (1, 1, 1)]))
     sequences = draw(st.sampled_from([1, 2, 4, 6]))
+    dram, ssd = draw(st.sampled_from([(0, 0), (0, 0), (12, 0), (6, 9), (0, 9)]))
     failures = draw(
         st.lists(
             st.builds(
@@ -99,7 +101,12 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             token_budget=sequences + draw(st.integers(0, 60)),
             max_sequences=sequences,
             max_in_flight=draw(st.integers(1, 3)),
+            tiers=TierConfig(
+                dram, ssd, 0.3, 0.6, draw(st.sampled_from([1, 64])), draw(st.sampled_from(["cost", "always"]))
+            ),
+            preemption="swap" if dram and draw(st.booleans()) else "recompute",
         ),
+        "tiers": draw(st.sampled_from([lambda: tier_links(1e9, 1e8), lambda: tier_links(1e7, 1e6, 0.001)])),
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
         "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),

@@ -21,6 +21,10 @@ NPU = Hardware(
     kv_link_bytes_per_s=1e10,
     kv_link_latency_s=1e-5,
     kv_call_overhead_s=1e-5,
+    pcie_bytes_per_s=2e10,
+    pcie_latency_s=1e-5,
+    ssd_bytes_per_s=5e9,
+    ssd_latency_s=1e-4,
 )
 MODEL = ModelShape("toy", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=1000)
 SPARSE = ModelShape(
