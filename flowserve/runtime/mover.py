@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from flowserve.core.messages import KvMoved
 from flowserve.core.tiers import Move, Tier
@@ -31,10 +32,9 @@ class Mover:
 
     def ended(self) -> list[KvMoved]:
         """What has ended since the last call, in order."""
+        with suppress(BlockingIOError):  # nothing has ended, or its thread is about to write that it has
+            os.eventfd_read(self.fd)
         messages: list[KvMoved] = []
-        if self._ended.empty():
-            return messages
-        os.eventfd_read(self.fd)
         while not self._ended.empty():
             messages.append(self._ended.get())
         return messages

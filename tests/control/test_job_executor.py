@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from cluster import events as ev
-from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReportDemand
+from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReleaseKvContext, ReportDemand
 from cluster.fleet import Fleet
 from cluster.job_executor import JobExecutor
 from cluster.policy import DispatchPolicy
@@ -587,3 +588,19 @@ def test_progress_is_kept_for_a_cancelled_request() -> None:
     for count in (5, 3):
         desk.hear(ev.TaskProgress(to="je-0", time=0, occurred=0, executor="te-0", generated=((0, count), (99, 1))))
     assert desk.je._jobs[0].generated == 5
+
+
+# -- explicit contexts ----------------------------------------------------------------------------------------------
+
+
+def test_the_last_request_of_a_context_releases_it_everywhere() -> None:
+    """When it ends, every executor of its model is told, whichever served it; other requests release nothing."""
+    desk = Desk(("te-0", Role.COLOCATED), ("te-1", Role.COLOCATED))
+    for request_id, release in ((0, False), (1, True)):
+        request = replace(make_request(request_id), context_id="doc", tenant="t", release_context=release)
+        desk.hear(ev.RequestArrived(to="je-0", time=0, occurred=0, request=request))
+        actions = desk.finished(desk.dispatched, 3)
+        released = [action for action in actions if isinstance(action, ReleaseKvContext)]
+        assert [(each.executor, each.context) for each in released] == (
+            [("te-0", "t\x1f\x1fdoc"), ("te-1", "t\x1f\x1fdoc")] if release else []
+        )

@@ -334,13 +334,15 @@ def test_counts_of_a_request_add_up_over_its_tasks() -> None:
     book = Book()
     book.arrived(0, 0.0, prompt=100)
     book.first(0, 1.0)
-    book.task(0, 1.0, stopped=False, cached_tokens=48, preemptions=1)
-    book.task(0, 2.0, 3.0, cached_tokens=16, preemptions=2)
+    book.task(0, 1.0, stopped=False, cached_tokens=48, dram_tokens=32, ssd_tokens=16, preemptions=1)
+    book.task(0, 2.0, 3.0, cached_tokens=16, ssd_tokens=16, preemptions=2)
     book.ended(0, 3.0, 3)
     book.served(1, 0.0, 1.0)
     summary = book.summary()
     assert summary["preemptions"] == 3
     assert summary["cached_token_share"] == pytest.approx(48 / 110)
+    assert summary["dram_token_share"] == pytest.approx(32 / 110)
+    assert summary["ssd_token_share"] == pytest.approx(16 / 110)
 
 
 # -- NPU seconds ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from flowserve import ops
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Status
+from flowserve.core.tiers import Move
 from flowserve.models import Model
 from flowserve.ops.step import StepContext
 from flowserve.runtime.checkpoint import CheckpointShape
@@ -42,6 +43,7 @@ class Engine:
         self.output: dict[int, list[int]] = {}
         self.failed: dict[int, str] = {}
         self.held: list[int] = []
+        self.moves: list[Move] = []
         self._tasks = 0
 
     def add(
@@ -65,9 +67,18 @@ class Engine:
         return task.task_id
 
     def step(self, stop: Sequence[int] = ()) -> Plan | None:
-        """Launch what may be in flight and complete the oldest plan, which is returned; tasks in `stop` end with it."""
+        """Launch what may be in flight and complete the oldest plan, which is returned; tasks in `stop` end with it.
+
+        Copies between tiers that were asked for end while the plans asked for after them are computed.
+        """
+        ending, self.moves = self.moves, []
         while (plan := self.core.schedule()) is not None:
             self.runner.launch(plan)
+        self.moves += self.core.rtc.moves
+        self.core.rtc.moves.clear()
+        for move in ending:
+            self.runner.move(move)
+            self.core.moved(move.ticket, True)
         if not self.core.in_flight:
             return None
         oldest = self.core.in_flight[0]
@@ -96,7 +107,7 @@ class Engine:
 
     def run(self) -> dict[int, list[int]]:
         """Step until there is nothing left to compute."""
-        while self.step() is not None:
+        while self.step() is not None or self.moves:
             self.core.check_integrity()
         return self.output
 
