@@ -17,7 +17,10 @@ from tests.parity import clusters
 
 SMALL = EngineConfig(kv_blocks=60, block_tokens=16, token_budget=64, max_sequences=32)
 TIERED = msgspec.structs.replace(
-    SMALL, tiers=TierConfig(40, 40, 0.2, 0.4, swap_step_blocks=16, fetch="always"), preemption="swap"
+    SMALL,
+    kv_blocks=40,
+    tiers=TierConfig(24, 40, 0.2, 0.4, swap_step_blocks=16, fetch="always"),
+    preemption="swap",
 )
 
 
