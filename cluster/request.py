@@ -31,11 +31,11 @@ class Request(msgspec.Struct, frozen=True):
     model: str
     block_ids: tuple[int, ...] | None = None
     tenant: str = ""
+    priority: int = 0
+    deadline_ns: int | None = None
     adapter: str = ""
     context_id: str | None = None
     release_context: bool = False
-    priority: int = 0
-    deadline_ns: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.max_tokens < 1:

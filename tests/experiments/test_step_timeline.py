@@ -60,9 +60,9 @@ def test_spans_of_turns_in_flight_together() -> None:
     shapes = [StepShape(number, 0, 1, 0, 0) for number in range(2)]
     plans = [PlanRecord(number + 1, [], [], shape) for number, shape in enumerate(shapes)]
     turns = [
-        TurnRecord(0, 100, [], plans, 1, [], 0, []),
-        TurnRecord(110, 180, [], [], 2, [], 0, []),
-        TurnRecord(500, 500, [], [], None, [], 0, []),
+        TurnRecord(0, 100, [], plans, 1, [], 0, [], []),
+        TurnRecord(110, 180, [], [], 2, [], 0, [], []),
+        TurnRecord(500, 500, [], [], None, [], 0, [], []),
     ]
     assert list(spans("te-0", turns)) == [
         StepSpan("te-0", 0, 100, 1, shapes[0]),
