@@ -22,7 +22,7 @@ class HostTiers:
         self._axis = axis
         shape = list(hbm.shape)
         shape[axis] = config.dram_blocks
-        dram = torch.empty(shape, dtype=hbm.dtype, pin_memory=hbm.device.type != "cpu")
+        dram = torch.empty(shape, dtype=hbm.dtype, pin_memory=config.dram_blocks > 0 and hbm.device.type != "cpu")
         self._tensors = {Tier.HBM: hbm, Tier.DRAM: dram}
         self._block_shape = [size for place, size in enumerate(hbm.shape) if place != axis]
         self._block_bytes = hbm[(slice(None),) * axis + (0,)].numel() * hbm.element_size()

@@ -85,8 +85,13 @@ class TorchRunner:
             self._device,
             self._ops.KV_ALIGNMENT_BYTES,
         )
-        self._tiers = HostTiers(self.pool.memory, 1, engine_config.tiers, ssd_folder)
         self._caches = self._ops.layer_caches(self.pool.tensor)
+        if engine_config.tiers.blocks and not self._ops.shares_memory(self._caches):
+            raise ValueError(
+                f"engine.tiers has {engine_config.tiers.blocks} blocks, but the KV cache on {self._device} is kept in "
+                "a format of its own that is not copied to other tiers: set dram_blocks and ssd_blocks to 0"
+            )
+        self._tiers = HostTiers(self.pool.memory, 1, engine_config.tiers, ssd_folder)
         self.about = self._ops.describe(self._caches)
         self._packer = Packer(engine_config.block_tokens)
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=self._device)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from flowserve import ops
+from flowserve.core.tiers import TierConfig
 from flowserve.ops import Ops
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.sampling import Sampling
@@ -237,6 +238,7 @@ def test_a_cache_in_a_format_of_its_own_is_not_offered(models: Models) -> None:
         ("A2", {"block_tokens": 16}, "block_tokens is 16: attention on an NPU takes multiples of 128 up to 512"),
         ("A2", {"block_tokens": 640}, "block_tokens is 640"),
         ("A2", {"kv_layout": "block_major"}, "kv_layout is block_major: attention on an NPU takes each layer's keys"),
+        ("310P", {"tiers": TierConfig(8, fetch="always")}, "engine.tiers has 8 blocks, but the KV cache on npu"),
         ("A5", {}, "the NPU Ascend950PR (SoC version 260) is not supported"),
     ],
 )
