@@ -120,6 +120,7 @@ class RealSettings(msgspec.Struct, frozen=True):
     dtype: str
     threads: int
     ssd_folder: str | None
+    graph_sizes: list[int]
     pin: bool
     record: bool
     metrics_port: int | None
@@ -137,7 +138,7 @@ def check_types(cfg: DictConfig) -> None:
         (cfg.trace, TraceSettings, "trace"),
         (cfg.backend, RealSettings if cfg.backend.name == "real" else SimSettings, "backend"),
     ):
-        typed({field: node[field] for field in kind.__struct_fields__}, kind, where)
+        typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
     for field in ("report_period_s", "step_s", "prefill_token_s"):
         if cfg.backend.get(field, 0.0) < 0:
@@ -383,7 +384,8 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
         acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
         device = NullDevice(backend.step_s, backend.prefill_token_s, vocab, acceptance)
     else:
-        device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads, backend.ssd_folder)
+        ssd, sizes = backend.ssd_folder, tuple(backend.graph_sizes)
+        device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads, ssd, sizes)
     engines = {group.spec: Engine(engine_config(cfg, group.spec.npus), device) for group in groups(cfg)}
     for engine in engines.values():
         if engine.engine.speculative_tokens and not isinstance(device, NullDevice):

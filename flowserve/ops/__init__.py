@@ -44,6 +44,13 @@ class Ops(Protocol):
         """What all layers of a step share (device copies of tables, masks); `StepContext.prepared` from then on."""
         ...
 
+    def graph_updates(self, prepared: object) -> list[dict[str, Any]]:
+        """Of a step of decodes, what a captured graph must be told on the host before it is replayed: per operator, or
+        once for all, its keyword arguments. Empty where all is in tensors. Raises ValueError for a device that has no
+        graphs.
+        """
+        ...
+
     def pack(self, weight: Tensor) -> Any:
         """The device's own form of a weight [in, out], for `Matrix.packed`; None where `linear` takes it as it is."""
         ...

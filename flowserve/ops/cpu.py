@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +124,10 @@ def prepare(step: StepContext) -> _Prepared:
         key, value = gathered.view(shape).transpose(2, 3)
         decodes.append(_Decodes(slice(row + start, row + end), blocks, mask, gathered, key, value))
     return _Prepared(_slots(cache, step), chunks, decodes)
+
+
+def graph_updates(prepared: object) -> list[dict[str, Any]]:
+    return []
 
 
 def pack(weight: Tensor) -> Tensor | None:

@@ -98,6 +98,10 @@ def prepare(step: StepContext) -> _Prepared:
     )
 
 
+def graph_updates(prepared: object) -> list[dict[str, Any]]:
+    return []
+
+
 def pack(weight: Tensor) -> None:
     """Matrices stay as they are: cuBLAS takes any layout."""
 

@@ -221,7 +221,13 @@ def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable
         from flowserve.runtime.torch_runner import TorchRunner
 
         return TorchRunner(
-            device.model_dir, setup.engine, device.dtype, device.device, device.threads, device.ssd_folder
+            device.model_dir,
+            setup.engine,
+            device.dtype,
+            device.device,
+            device.threads,
+            device.ssd_folder,
+            device.graph_sizes,
         )
 
     return torch_runner, torch_imports

@@ -23,6 +23,7 @@ from flowserve.core.tiers import Move, TierConfig
 from flowserve.models import load_model
 from flowserve.ops.device import open_device
 from flowserve.ops.step import Ints, StepContext
+from flowserve.runtime.graphs import DecodeGraphs
 from flowserve.runtime.host_tiers import HostTiers
 from flowserve.runtime.kv_pool import KvPool
 from flowserve.runtime.packing import PackedStep, Packer
@@ -60,6 +61,7 @@ class TorchRunner:
         device: str = "cpu",
         num_threads: int = 1,
         ssd_folder: str | None = None,
+        graph_sizes: tuple[int, ...] = (),
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -74,9 +76,10 @@ class TorchRunner:
         self.model.pack(self._ops)
         self._positions = min(engine_config.kv_blocks * engine_config.block_tokens, self.model.max_position)
         self.model.set_positions(self._positions)
+        graphs = bool(graph_sizes) and self._device.type != "cpu"
         self.pool = KvPool(
             self.model.num_layers,
-            engine_config.kv_blocks,
+            engine_config.kv_blocks + graphs,
             engine_config.block_tokens,
             self.model.num_kv_heads,
             self.model.head_dim,
@@ -93,6 +96,19 @@ class TorchRunner:
             )
         self._tiers = HostTiers(self.pool.memory, 1, engine_config.tiers, ssd_folder)
         self.about = self._ops.describe(self._caches)
+        self._graphs = None
+        if graphs:
+            self._graphs = DecodeGraphs(
+                self._accelerator,
+                self._ops,
+                self._caches,
+                self.model,
+                graph_sizes,
+                self._positions,
+                engine_config.block_tokens,
+                dummy_block=engine_config.kv_blocks,
+            )
+            self.about += f"; decodes of up to {self._graphs.sizes[-1]} by graphs of {self._graphs.sizes}"
         self._packer = Packer(engine_config.block_tokens)
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._sampler = Sampler(self.model.vocab_size, self._device, self._ops)
@@ -261,7 +277,10 @@ class TorchRunner:
         if len(step.decode_rows):
             tokens[-len(step.decode_rows) :] = self._last_tokens.index_select(0, self._tensor(step.decode_rows))
         positions = np.minimum(context.positions, self._positions - 1)  # beyond: `collect` refuses the token
-        logits = self.model(tokens, self._tensor(positions), context)
+        there = self._tensor(positions)
+        logits = None if self._graphs is None else self._graphs.run(tokens, there, context, step.sample_places)
+        if logits is None:
+            logits = self.model(tokens, there, context)
         sampled = self._sampler.sample(logits, step.rows.tolist(), step.indices.tolist())
         self._last_tokens.index_copy_(0, self._tensor(step.rows), sampled.tokens)
         return sampled

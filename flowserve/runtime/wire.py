@@ -28,7 +28,7 @@ class NullDevice(msgspec.Struct, frozen=True, tag=True):
 
 class TorchDevice(msgspec.Struct, frozen=True, tag=True):
     """A model from a Hugging Face folder on a torch device. `ssd_folder`: where the file of the SSD tier is, None for
-    the system's folder for temporary files.
+    the system's folder for temporary files. `graph_sizes`: decode batches captured as graphs on the device.
     """
 
     model_dir: str
@@ -36,6 +36,7 @@ class TorchDevice(msgspec.Struct, frozen=True, tag=True):
     dtype: str = "float32"
     threads: int = 1
     ssd_folder: str | None = None
+    graph_sizes: tuple[int, ...] = ()
 
 
 class EngineSetup(msgspec.Struct, frozen=True):

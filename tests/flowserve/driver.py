@@ -36,10 +36,17 @@ def make_prompt(seed: int, length: int, vocab: int = TINY.vocab_size) -> list[in
 class Engine:
     """Engine core and torch runner in one process. `output`: task id → tokens sampled here; `failed`: task id → why."""
 
-    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu", **limits: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        graph_sizes: tuple[int, ...] = (),
+        **limits: Any,
+    ) -> None:
         self.config = EngineConfig(**{"kv_blocks": 128, **limits})
         self.core = EngineCore(self.config)
-        self.runner = TorchRunner(folder, self.config, dtype, device)
+        self.runner = TorchRunner(folder, self.config, dtype, device, graph_sizes=graph_sizes)
         self.output: dict[int, list[int]] = {}
         self.failed: dict[int, str] = {}
         self.held: list[int] = []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.flowserve.npu_tensor import ND, NZ, NpuTensor, host
+from tests.flowserve.npu_tensor import ND, NZ, NpuTensor, capturing, host
 
 SHORT = (torch.float16, torch.bfloat16)
 FLOATS = (*SHORT, torch.float32)
@@ -47,6 +47,9 @@ def operator(function: Callable[..., Any]) -> Callable[..., Any]:
         result = function(*args, **kwargs)
         if recording is not None:
             recording.append(Call(function.__name__, arguments, result))
+        graph = capturing()
+        if graph is not None:
+            graph.record(function, (), dict(arguments), result)
         return result
 
     OPERATORS[function.__name__] = call

@@ -3,6 +3,7 @@
 A device of their own, so that an operator that mixes them with host tensors fails, as it would on hardware.
 """
 
+import sys
 import weakref
 from typing import Any
 
@@ -72,12 +73,25 @@ class NpuTensor(torch.Tensor):
         parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
+        out = cls.compute(func, args, dict(kwargs))
+        graph = capturing()
+        if graph is not None:
+            graph.record(func, args, kwargs, out)
+        return out
+
+    @classmethod
+    def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
         device = kwargs.pop("device", None)
         if func is aten._to_copy.default:
             kwargs.pop("pin_memory", None)
             copy = func(args[0].raw, **kwargs)
-            return copy if device is not None and torch.device(device).type == "cpu" else NpuTensor(copy)
+            if device is None or torch.device(device).type == "npu":
+                return NpuTensor(copy)
+            refuse_in_capture("a copy to the host")
+            return copy
         if func is aten.copy_.default:
+            if not all(isinstance(each, NpuTensor) for each in args[:2]):
+                refuse_in_capture("a copy between host and device")
             args[0].raw.copy_(host(args[1])) if isinstance(args[0], NpuTensor) else args[0].copy_(args[1].raw)
             return args[0]
         if func not in MIXING:
@@ -85,8 +99,19 @@ class NpuTensor(torch.Tensor):
                 if isinstance(leaf, Tensor) and not isinstance(leaf, NpuTensor) and leaf.dim():
                     raise RuntimeError(f"{func}: tensors of npu:0 and {leaf.device}, shape {list(leaf.shape)}")
         known = {id(leaf.raw): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, NpuTensor)}
-        out = func(*tree_map(host, args), **tree_map(host, kwargs))
-        return tree_map(lambda each: known[id(each)] if id(each) in known else wrap(each), out)
+        result = func(*tree_map(host, args), **tree_map(host, kwargs))
+        return tree_map(lambda each: known[id(each)] if id(each) in known else wrap(each), result)
+
+
+def capturing() -> Any:
+    """The stand-in's graph that is being captured, if any."""
+    return getattr(sys.modules["torch_npu"].npu, "capturing", None) if "torch_npu" in sys.modules else None
+
+
+def refuse_in_capture(what: str) -> None:
+    """Error 107030 of the runtime."""
+    if capturing() is not None:
+        raise RuntimeError(f"107030: the current capture mode does not support {what}")
 
 
 def host(value: Any) -> Any:
@@ -108,6 +133,7 @@ def register_factories() -> torch.library.Library:
         return memory.own(NpuTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu")))
 
     def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+        refuse_in_capture("a copy between host and device")
         host(target).copy_(host(source))
         return target
 

@@ -1,14 +1,14 @@
 """Operators of Ascend NPUs, by torch_npu's own; `flowserve.ops` says what each promises."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowserve.ops import cpu
 from flowserve.ops.matrix import Matrix, product
-from flowserve.ops.npu.attention import BLOCK_TOKENS, LayerCache, choose
+from flowserve.ops.npu.attention import BLOCK_TOKENS, LayerCache, choose, graph_updates_of
 from flowserve.ops.npu_driver import Family, chip_family, load_torch_npu
 from flowserve.ops.step import StepContext
 
@@ -42,6 +42,11 @@ def describe(caches: list[LayerCache]) -> str:
 def prepare(step: StepContext) -> _Prepared:
     cache: LayerCache = step.caches[0]
     return _Prepared(step.slot_mapping.to(torch.int32), cache.attention.prepare(step))
+
+
+def graph_updates(prepared: object) -> list[dict[str, Any]]:
+    assert isinstance(prepared, _Prepared)
+    return graph_updates_of(prepared.attention)
 
 
 def pack(weight: Tensor) -> None:

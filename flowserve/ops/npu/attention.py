@@ -100,6 +100,16 @@ class _Lengths(NamedTuple):
     contexts: list[int]
 
 
+def graph_updates_of(prepared: object) -> list[dict[str, Any]]:
+    """One for all layers: the fused operator takes the contexts of its decodes under this name.
+
+    Raises ValueError for operators that no graph here replays.
+    """
+    if not isinstance(prepared, _Lengths):
+        raise ValueError("graphs of decode steps are not for 310P: leave graph_sizes empty")
+    return [{"actual_seq_lengths_kv": prepared.contexts}]
+
+
 class _FusedAttention(Attention):
     """npu_fused_infer_attention_score on an ND cache [blocks, block_tokens, K, D] by npu_scatter_pa_kv_cache.
 

@@ -6,9 +6,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tests.flowserve.npu_operators import SOC_VERSIONS
-from tests.flowserve.npu_tensor import memory
+from tests.flowserve.npu_tensor import NpuTensor, memory
 
 NAMES = {"A2": "Ascend910B4", "A3": "Ascend910_9391", "310P": "Ascend310P3", "A5": "Ascend950PR"}
 HBM_BYTES = 8 << 30
@@ -41,7 +42,60 @@ class Event:
         if not self.recorded:
             raise RuntimeError("an event is waited for that was never recorded")
 
-    synchronize = wait
+    def synchronize(self) -> None:
+        self.wait()
+        NPUGraph.running = False
+
+
+class NPUGraph:
+    """Records the work of a capture with the very tensors it is done on, and does it again on them.
+
+    `update` rewrites the lengths of the attention calls by keyword, as the wheel's handler does: it ignores keys that
+    it does not know. A replay with lengths that were not rewritten since the last one is refused, and so is an update
+    while a replay may still be running.
+    """
+
+    UPDATES = ("actual_seq_lengths", "actual_seq_lengths_kv")
+    running = False
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Any, Any, Any, Any]] = []
+        self.fresh = False
+        self.replays = 0
+        self.auto_dispatch_capture = False
+
+    def record(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self.work.append((function, args, kwargs, result))
+
+    @property
+    def attention(self) -> list[dict[str, Any]]:
+        return [kwargs for function, _, kwargs, _ in self.work if "fused_infer" in getattr(function, "__name__", "")]
+
+    def update(self, cpu_update_input: list[dict[str, Any]]) -> None:
+        if not self.auto_dispatch_capture:
+            raise RuntimeError("captured without auto_dispatch_capture")
+        if NPUGraph.running:
+            raise RuntimeError("lengths are updated while a replay may be running")
+        calls = self.attention
+        if len(cpu_update_input) == 1:
+            cpu_update_input = cpu_update_input * len(calls)
+        if len(cpu_update_input) != len(calls):
+            raise RuntimeError(f"{len(cpu_update_input)} updates for {len(calls)} operators")
+        for arguments, changes in zip(calls, cpu_update_input, strict=True):
+            known = {key: value for key, value in changes.items() if key in self.UPDATES}
+            arguments.update(known)
+            self.fresh = bool(known)
+
+    def replay(self) -> None:
+        if self.attention and not self.fresh:
+            raise RuntimeError("a replay with stale lengths")
+        self.fresh, NPUGraph.running = False, True
+        self.replays += 1
+        for function, args, kwargs, result in self.work:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, NpuTensor) and old.raw.data_ptr() != new.raw.data_ptr():
+                    old.raw.copy_(new.raw)
 
     def query(self) -> bool:
         return self.recorded
@@ -52,6 +106,7 @@ class Runtime(ModuleType):
 
     Stream = Stream
     Event = Event
+    NPUGraph = NPUGraph
 
     def __init__(self) -> None:
         super().__init__("torch_npu.npu")
@@ -60,9 +115,27 @@ class Runtime(ModuleType):
         self._current = 0
         self._streams = [Stream()]
         self.seed: int | None = None
+        self.capturing: NPUGraph | None = None
+        self.captures: list[tuple[NPUGraph, object]] = []
+
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    @contextlib.contextmanager
+    def graph(self, npu_graph: NPUGraph, pool: object = None, auto_dispatch_capture: bool = False) -> Iterator[None]:
+        """Captures are noted with their pool, in order."""
+        npu_graph.auto_dispatch_capture = auto_dispatch_capture
+        self.captures.append((npu_graph, pool))
+        self.capturing = npu_graph
+        try:
+            yield
+        finally:
+            self.capturing = None
 
     def plug(self, devices: int, family: str = "A2") -> None:
         self.devices, self.family = devices, family
+        self.captures.clear()
+        NPUGraph.running = False
 
     # What torch asks of a backend's module.
 
