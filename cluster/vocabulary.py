@@ -83,8 +83,9 @@ class FailureReason(StrEnum):
 
 
 class ExecutorSpec(msgspec.Struct, frozen=True):
-    """What to launch: model, role and how many NPUs it takes."""
+    """What to launch: model, role, how many NPUs it takes and of which kind (empty: the cluster's usual one)."""
 
     model: str
     role: Role
     npus: int = 1
+    hardware: str = ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cluster.acceptance import Acceptance
 from cluster.client import Client
@@ -19,12 +19,13 @@ from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
-from experiments.config import build, plain, typed
+from experiments.config import CONF, build, plain, typed
 from flowserve.core.record import StepSpan, read_turns, spans
 from flowserve.core.scheduler import EngineConfig
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
-from sim.hardware import Hardware, ModelShape
+from sim.hardware import Hardware
+from sim.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from real.cluster import RealCluster
@@ -59,13 +60,14 @@ DRAWING = (
 
 
 class GroupConfig(msgspec.Struct, frozen=True):
-    """One entry of `fleet.groups`."""
+    """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's."""
 
     role: Role
     executors: int
     npus: int = 1
     minimum: int = 0
     maximum: int = 64
+    hardware: str = ""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -244,7 +246,7 @@ def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
             raise ValueError(
                 f"fleet.groups[{number}] has zero executors and scaling never adds one: set executors to 1 or more"
             )
-        spec = ExecutorSpec(model_name(cfg), group.role, group.npus)
+        spec = ExecutorSpec(model_name(cfg), group.role, group.npus, group.hardware)
         if any(spec == plan.spec for plan in plans):
             raise ValueError(f"fleet.groups[{number}] is another group of {group.role} executors: make them one")
         plans.append(GroupPlan(spec, group.executors, group.minimum, group.maximum))
@@ -277,14 +279,24 @@ def objectives(cfg: DictConfig) -> tuple[Slo, Window]:
     return typed(cfg.slo, Slo, "slo"), Window(cfg.warmup_s, cfg.cooldown_s)
 
 
-def engine_config(cfg: DictConfig, npus: int) -> EngineConfig:
+def hardware_of(cfg: DictConfig, spec: ExecutorSpec) -> Hardware:
+    """What an executor runs on: its group's hardware, or the run's. ValueError: there is no such option or file."""
+    if not spec.hardware:
+        return typed(cfg.hardware, Hardware, "hardware")
+    file = Path(spec.hardware) if spec.hardware.endswith(".yaml") else CONF / "hardware" / f"{spec.hardware}.yaml"
+    if not file.is_file():
+        options = ", ".join(sorted(option.stem for option in (CONF / "hardware").glob("*.yaml")))
+        raise ValueError(f"fleet.groups: hardware {spec.hardware!r} is not one of {options}, nor a YAML file")
+    return typed(OmegaConf.load(file), Hardware, str(file))
+
+
+def engine_config(cfg: DictConfig, spec: ExecutorSpec) -> EngineConfig:
     """Engine limits; KV cache blocks by what fits where the configuration leaves them open."""
     from sim.hardware import kv_blocks
 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
-        hardware, shape = typed(cfg.hardware, Hardware, "hardware"), model_shape(cfg)
-        values["kv_blocks"] = kv_blocks(hardware, shape, npus, values["block_tokens"])
+        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), model_shape(cfg), spec.npus, values["block_tokens"])
     for name, kind in ENGINE_POLICIES.items():
         if name in values:  # an option of one's own may leave it to the engine's default
             values[name] = engine_policy(values[name], kind, f"engine.{name}")
@@ -315,15 +327,15 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     from sim.coldstart import ColdStart
     from sim.link import Link, TierLinks
 
-    hardware = typed(cfg.hardware, Hardware, "hardware")
     shape = model_shape(cfg)
     stages = typed(cfg.coldstart, ColdStart, "coldstart").stages(shape.weight_bytes)
     nodes: dict[ExecutorSpec, Node] = {}
 
     def node_for(spec: ExecutorSpec) -> Node:
         if spec not in nodes:
+            hardware = hardware_of(cfg, spec)
             model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
-            engine = engine_config(cfg, spec.npus)
+            engine = engine_config(cfg, spec)
             nodes[spec] = Node(
                 engine=engine,
                 latency=lambda: model,
@@ -373,6 +385,21 @@ def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
         yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
 
 
+def notes(cluster: Cluster) -> list[str]:
+    """What a reader of the results must know: step times asked for beyond what was measured."""
+    from sim.cluster import SimCluster
+    from sim.latency import Measured
+
+    found = []
+    for model in cluster.latencies if isinstance(cluster, SimCluster) else ():
+        if isinstance(model, Measured) and model.outside:
+            found.append(
+                f"{model.outside} of {model.asked} step times ({model.outside / model.asked:.1%}) are extrapolated: "
+                "those steps are larger than any that was measured"
+            )
+    return found
+
+
 def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "RealCluster":
     from flowserve.runtime.wire import NullDevice, TorchDevice
     from real.cluster import Engine, RealCluster
@@ -386,7 +413,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     else:
         ssd, sizes = backend.ssd_folder, tuple(backend.graph_sizes)
         device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads, ssd, sizes)
-    engines = {group.spec: Engine(engine_config(cfg, group.spec.npus), device) for group in groups(cfg)}
+    engines = {group.spec: Engine(engine_config(cfg, group.spec), device) for group in groups(cfg)}
     for engine in engines.values():
         if engine.engine.speculative_tokens and not isinstance(device, NullDevice):
             raise ValueError(

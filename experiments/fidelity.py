@@ -50,6 +50,7 @@ def simulated_config(
 ) -> DictConfig:
     """The same run, simulated: step times, message delays and start-up stages from the profile."""
     stages = measured.stages_s
+    assert measured.dispatch_s is not None and measured.event_s is not None, "a profile measured here has them"
     own = [
         "backend=sim",
         "latency=profile",

@@ -59,6 +59,7 @@ def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
     contention = profiles.contention_of(steps, busy)
     steps = profiles.alone(steps, busy, contention)
     dispatch_s, event_s = message_delays(folder)
+    model = profiles.fit(steps)
     return profiles.Profile(
         schema=profiles.SCHEMA,
         machine=f"{platform.machine()}, {_processor()}",
@@ -68,12 +69,38 @@ def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
         engines=engines,
         steps=len(steps),
         contention=contention,
-        coefficients_ns=list(profiles.fit(steps).coefficients_ns),
+        coefficients_ns=list(model.coefficients_ns),
+        knots=list(model.knots),
         held_out=profiles.held_out_error(steps),
         ranges=profiles.feature_ranges(steps),
         dispatch_s=dispatch_s,
         event_s=event_s,
         stages_s=stage_times(recorder),
+    )
+
+
+def from_logs(paths: list[Path]) -> profiles.Profile:
+    """Fit a latency model to the steps that logs tell of, one engine's in each (see `experiments.step_logs`)."""
+    from experiments.step_logs import read_steps
+
+    steps = [step for path in paths for step in read_steps(path)]
+    model = profiles.fit(steps)
+    return profiles.Profile(
+        schema=profiles.SCHEMA,
+        machine="of the log",
+        time=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions={},
+        model=", ".join(path.name for path in paths),
+        engines=len(paths),
+        steps=len(steps),
+        contention=0.0,
+        coefficients_ns=list(model.coefficients_ns),
+        knots=list(model.knots),
+        held_out=profiles.held_out_error(steps),
+        ranges=profiles.feature_ranges(steps),
+        dispatch_s=None,
+        event_s=None,
+        stages_s={},
     )
 
 

@@ -63,7 +63,7 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    _write(folder, cfg, recorder, summary, workload, slo, window, build.steps(cluster, folder))
+    _write(folder, cfg, recorder, summary, workload, slo, window, build.steps(cluster, folder), build.notes(cluster))
     return RunResult(folder, summary, recorder, interrupted, workload.source)
 
 
@@ -100,10 +100,11 @@ def _write(
     slo: Any,
     window: Any,
     steps: Iterable[StepSpan],
+    notes: list[str],
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, provenance(cfg, workload), slo, window, steps)
+    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, steps)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 
@@ -126,7 +127,8 @@ def provenance(cfg: DictConfig, workload: build.Workload) -> dict[str, Any]:
         null = build.device_name(cfg) == "null"
         basis = "null engine: steps sleep" if null else "measured: real engines on this machine"
     elif "path" in cfg.latency:
-        basis = f"calibrated: step times fitted to the profile {cfg.latency.path}"
+        how = "fitted to the profile" if "profile" in str(cfg.latency["_target_"]) else "interpolated in"
+        basis = f"calibrated: step times {how} {cfg.latency.path}"
     else:
         basis = f"derived: {str(cfg.latency['_target_']).rsplit('.', 1)[-1]} of conf/hardware, sources stand there"
     return {

@@ -113,7 +113,7 @@ class SimCluster(Cluster):
 
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
     `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
-    keep what every executor computed when, in `steps`.
+    keep what every executor computed when, in `steps`. `latencies`: the models that executors have used so far.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class SimCluster(Cluster):
         record: bool = False,
     ) -> None:
         self.steps: list[StepSpan] = []
+        self.latencies: list[LatencyModel] = []
         self._record = self.steps.append if record else None
         self.env = simpy.Environment()
         self.executors: dict[str, SimExecutor] = {}
@@ -254,6 +255,9 @@ class SimCluster(Cluster):
         )
         self._nodes[action.executor], self._links[action.executor] = node, node.link()
         self._tasks[action.executor] = {}
+        latency = node.latency()
+        if latency not in self.latencies:
+            self.latencies.append(latency)
         self.executors[action.executor] = SimExecutor(
             self.env,
             shell,

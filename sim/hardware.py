@@ -1,18 +1,37 @@
-"""What a simulated node is made of, and the shape of a model that runs on it."""
+"""What a simulated node is made of."""
+
+from typing import Literal
 
 import msgspec
 
+from sim.model_shape import ModelShape
+
+
+class AllToAll(msgspec.Struct, frozen=True):
+    """Rates that the two halves of an expert-parallel layer reach per NPU at a degree of expert parallelism."""
+
+    degree: int
+    dispatch_bytes_per_s: float
+    combine_bytes_per_s: float
+
 
 class Hardware(msgspec.Struct, frozen=True):
-    """One NPU and its share of the node. Rates per second, sizes in bytes; sources stand in the YAML.
+    """One NPU and its share of the node. Rates per second and one way, sizes in bytes; sources stand in the YAML.
 
-    `flops`: dense 16-bit peak. `efficiency_*`: share of the peak that real kernels reach. `step_overhead_s`: host and
-    launch time per step. `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous
-    segment. `pcie_*`: between HBM and host memory, each way; `ssd_*`: between host memory and disk; moves over them
-    pay the same overhead per segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`:
-    by how much longer a step takes for each other executor that computes meanwhile, as a share (engines on the cores of
-    one CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits
-    for it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
+    `flops`: dense 16-bit peak; `flops_8bit`: the same for 8-bit weights, 0 where there is no such unit. `efficiency_*`:
+    share of the peak that real kernels and collectives reach. `step_overhead_s`: host time per step, graph launch
+    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed.
+
+    `node_npus` are joined by `peer_*`: a mesh (each pair has its own link, together `peer_bytes_per_s` per NPU), a
+    switch (all of it to anyone) or a ring; `peer_latency_s` per phase of a collective. Beyond the node, collectives go
+    over `kv_link_*`. `all_to_all`: measured rates of expert parallelism, by degree.
+
+    `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous segment. `pcie_*`:
+    between HBM and host memory; `ssd_*`: between host memory and disk; moves over them pay the same overhead per
+    segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how much longer a step
+    takes for each other executor that computes meanwhile, as a share (engines on the cores of one CPU share its memory
+    bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits for it unless plans are
+    in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
     """
 
     name: str
@@ -30,6 +49,14 @@ class Hardware(msgspec.Struct, frozen=True):
     pcie_latency_s: float
     ssd_bytes_per_s: float
     ssd_latency_s: float
+    flops_8bit: float = 0.0
+    kernel_launch_s: float = 0.0
+    node_npus: int = 1
+    topology: Literal["mesh", "switch", "ring"] = "switch"
+    peer_bytes_per_s: float = 0.0
+    peer_latency_s: float = 0.0
+    efficiency_link: float = 1.0
+    all_to_all: tuple[AllToAll, ...] = ()
     usable_hbm: float = 0.9
     contention: float = 0.0
     host_step_s: float = 0.0
@@ -39,74 +66,52 @@ class Hardware(msgspec.Struct, frozen=True):
             raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
         if self.contention < 0:
             raise ValueError(f"hardware.contention is {self.contention}: allowed are 0 (none) and more")
-
-
-class ModelShape(msgspec.Struct, frozen=True):
-    """A decoder of the Llama kind. `bytes_per_value`: of weights and KV cache (2: bf16). `family`: Hugging Face's name
-    of the model type, for random weights. `sparse_layers` of the layers have, in place of an MLP of `intermediate`, a
-    router and `experts` of `expert_intermediate`, of which each token takes `experts_per_token`.
-    """
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    bytes_per_value: int = 2
-    tied_embeddings: bool = False
-    family: str = "llama"
-    sparse_layers: int = 0
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_intermediate: int = 0
-
-    def __post_init__(self) -> None:
-        if self.sparse_layers and not 0 < self.experts_per_token <= self.experts:
+        if self.node_npus > 1 and not self.peer_bytes_per_s > 0:
             raise ValueError(
-                f"model {self.name}: experts_per_token is {self.experts_per_token}: allowed are 1 to {self.experts}, "
-                "all experts of a layer"
+                f"hardware.peer_bytes_per_s is {self.peer_bytes_per_s}: the {self.node_npus} NPUs of a node need a link"
             )
-        if not 0 <= self.sparse_layers <= self.layers:
-            raise ValueError(f"model {self.name}: sparse_layers is {self.sparse_layers}, of {self.layers} layers")
 
-    @property
-    def dense_parameters(self) -> int:
-        """Of the layers, what every token takes part in."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        mlps = 3 * self.hidden * self.intermediate * (self.layers - self.sparse_layers)
-        return self.layers * attention + mlps + self.sparse_layers * self.hidden * self.experts
+    def collective(self, npus: int) -> tuple[float, float]:
+        """(bytes/s, s) of what joins so many NPUs: the rate at which each sends, and the latency of one phase in which
+        each sends something to each.
+        """
+        if npus > self.node_npus:
+            rate, latency = self.kv_link_bytes_per_s, self.kv_link_latency_s
+        else:
+            rate, latency = self.peer_bytes_per_s * self.efficiency_link, self.peer_latency_s
+            if self.topology == "mesh":
+                rate *= (npus - 1) / (self.node_npus - 1)
+            elif self.topology == "ring":
+                latency *= npus - 1
+        return rate, latency
 
-    @property
-    def expert_parameters(self) -> int:
-        """Of one expert in each sparse layer."""
-        return 3 * self.hidden * self.expert_intermediate * self.sparse_layers
-
-    @property
-    def parameters(self) -> int:
-        """All weights, norms and biases left out (less than a thousandth)."""
-        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        return self.dense_parameters + self.experts * self.expert_parameters + embeddings
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.parameters * self.bytes_per_value
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
+    def all_to_all_rates(self, npus: int) -> tuple[float, float]:
+        """(dispatch, combine) bytes/s per NPU, in a straight line between the measured degrees."""
+        known = sorted(self.all_to_all, key=lambda entry: entry.degree)
+        if not known or npus > self.node_npus:
+            rate, _ = self.collective(npus)
+            return rate, rate
+        if npus <= known[0].degree or npus >= known[-1].degree:
+            end = known[0] if npus <= known[0].degree else known[-1]
+            return end.dispatch_bytes_per_s, end.combine_bytes_per_s
+        above = next(number for number, entry in enumerate(known) if entry.degree > npus)
+        low, high = known[above - 1], known[above]
+        share = (npus - low.degree) / (high.degree - low.degree)
+        return (
+            low.dispatch_bytes_per_s + share * (high.dispatch_bytes_per_s - low.dispatch_bytes_per_s),
+            low.combine_bytes_per_s + share * (high.combine_bytes_per_s - low.combine_bytes_per_s),
+        )
 
 
 def kv_blocks(hardware: Hardware, shape: ModelShape, npus: int, block_tokens: int) -> int:
     """KV cache blocks that fit beside the weights. Raises ValueError where the model leaves no room."""
     budget = npus * hardware.hbm_bytes * hardware.usable_hbm
-    blocks = int((budget - shape.weight_bytes) // (shape.kv_bytes_per_token * block_tokens))
+    weights = shape.weight_bytes_on(npus)
+    blocks = int((budget - weights) // (shape.kv_bytes_per_token * shape.kv_copies(npus) * block_tokens))
     if blocks < 1:
         raise ValueError(
             f"model {shape.name} does not fit {npus} x {hardware.name}: its weights take "
-            f"{shape.weight_bytes / 1e9:.1f} GB of {budget / 1e9:.1f} GB usable HBM; give each executor more NPUs, "
+            f"{weights / 1e9:.1f} GB of {budget / 1e9:.1f} GB usable HBM; give each executor more NPUs, "
             "or take a smaller model"
         )
     return blocks

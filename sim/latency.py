@@ -1,50 +1,110 @@
 """Latency models: how long a simulated step takes, from what it consists of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from cluster.latency import StepShape
 from cluster.vocabulary import NS_PER_S
-from sim.hardware import Hardware, ModelShape
+from sim.hardware import Hardware
+from sim.model_shape import ModelShape
+
+KERNELS_PER_LAYER = 10
+"""Norm, QKV, rope, cache write, attention, output, norm, gate and up, activation, down: with fused operators."""
+KERNELS_PER_SPARSE_LAYER = 13
+"""Gating, routing and its undoing in addition."""
 
 
 class Roofline:
     """Compute or memory bound, whichever is longer, per part of the step; for hardware nobody has profiled.
 
     Linear layers: 2 x parameters FLOPs per token against reading all weights once; of E experts, a token computes with
-    its k, and n tokens that choose alike and independently read E x (1 - (1 - k / E)^n). Attention of prompts: 4 x
-    layers x heads x head_dim FLOPs per query-key pair. Attention of decodes: reading the KV cache. Plus a fixed
-    overhead. Split evenly over `npus`; collectives are not modelled, so it is optimistic for more than one.
+    its k, and n tokens that choose alike and independently read E x (1 - (1 - k / E)^n). Attention of prompts:
+    `flops_per_pair`. Attention of decodes: reading the KV cache once, or `flops_per_key` for each token that a sequence
+    computes or verifies, whichever is longer. All of it split evenly over `npus`, plus what joins them and a fixed
+    overhead.
+
+    Split matrices: two all-reduces of 16-bit activations per layer, each a reduce-scatter and an all-gather in which an
+    NPU sends (n - 1) / n of the bytes. Spread experts: each token's activations to and from k experts per sparse
+    layer, dispatched in the weights' precision and combined in 16 bit.
+
+    `graph`: steps of decodes alone are one launch. Other steps, and all without it, take at least `kernel_launch_s` per
+    kernel; the host launches while the device computes.
     """
 
-    def __init__(self, hardware: Hardware, shape: ModelShape, npus: int) -> None:
-        flops = npus * hardware.flops / NS_PER_S
+    def __init__(self, hardware: Hardware, shape: ModelShape, npus: int, graph: bool = True) -> None:
+        peak = hardware.flops_8bit if shape.bytes_per_value == 1 and hardware.flops_8bit else hardware.flops
+        gemm = npus * peak * hardware.efficiency_gemm / NS_PER_S
+        attention = npus * hardware.flops * hardware.efficiency_attention / NS_PER_S
         bandwidth = npus * hardware.hbm_bytes_per_s * hardware.efficiency_bandwidth / NS_PER_S
         head = shape.vocab * shape.hidden
-        self._overhead = hardware.step_overhead_s * NS_PER_S
+        copies = npus if shape.expert_parallel else 1
+        dense = copies * (shape.dense_parameters + head)
         active = shape.dense_parameters + shape.experts_per_token * shape.expert_parameters
-        self._weights = (shape.dense_parameters + head) * shape.bytes_per_value / bandwidth
+        self._overhead = hardware.step_overhead_s * NS_PER_S
+        self._weights = dense * shape.bytes_per_value / bandwidth
         self._experts = shape.experts * shape.expert_parameters * shape.bytes_per_value / bandwidth
         self._passed_over = 1 - shape.experts_per_token / max(shape.experts, 1)
-        self._per_token = 2 * active / (flops * hardware.efficiency_gemm)
-        self._per_sample = 2 * head / (flops * hardware.efficiency_gemm)
-        self._per_pair = 4 * shape.layers * shape.heads * shape.head_dim / (flops * hardware.efficiency_attention)
-        self._per_key = shape.kv_bytes_per_token / bandwidth
+        self._per_token = 2 * active / gemm
+        self._per_sample = 2 * head / gemm
+        self._per_pair = shape.flops_per_pair / attention
+        self._key_read = shape.kv_bytes_per_token * shape.kv_copies(npus) / bandwidth
+        self._key_compute = shape.flops_per_key / attention
+        self._per_key = max(self._key_read, self._key_compute)
+        self._joined, self._joined_per_token = _communication(hardware, shape, npus)
+        dense_layers = shape.layers - shape.sparse_layers
+        kernels = KERNELS_PER_LAYER * dense_layers + KERNELS_PER_SPARSE_LAYER * shape.sparse_layers
+        self._launches = kernels * hardware.kernel_launch_s * NS_PER_S
+        self._graph = graph
 
     def step_ns(self, shape: StepShape) -> int:
-        tokens = shape.prefill_tokens + shape.decode_sequences + shape.draft_tokens
-        samples = shape.prefill_chunks + shape.decode_sequences + shape.draft_tokens
+        prefill, decodes, drafts = shape.prefill_tokens, shape.decode_sequences, shape.draft_tokens
+        tokens = prefill + decodes + drafts
         weights = self._weights
         if self._experts:
             weights += self._experts * (1 - self._passed_over**tokens)
+        samples = shape.prefill_chunks + decodes + drafts
         linear = max(weights, tokens * self._per_token + samples * self._per_sample)
-        attention = shape.prefill_attention * self._per_pair + shape.decode_context * self._per_key
-        return max(1, round(self._overhead + linear + attention))
+        per_key = self._per_key
+        if drafts and decodes:
+            per_key = max(self._key_read, self._key_compute * (1 + drafts / decodes))
+        device = linear + shape.prefill_attention * self._per_pair + shape.decode_context * per_key
+        device += self._joined + tokens * self._joined_per_token
+        if device < self._launches and (prefill or not self._graph):
+            device = self._launches
+        return max(1, round(self._overhead + device))
 
 
-class Fitted:
+def _communication(hardware: Hardware, shape: ModelShape, npus: int) -> tuple[float, float]:
+    """(ns per step, ns per token of the step) that the NPUs of an executor spend on sending."""
+    if npus == 1:
+        return 0.0, 0.0
+    rate, latency = hardware.collective(npus)
+    if not shape.expert_parallel:
+        per_token = 2 * 2 * (npus - 1) / npus * 2 * shape.hidden / rate
+        return shape.layers * 4 * latency * NS_PER_S, shape.layers * per_token * NS_PER_S
+    dispatch, combine = hardware.all_to_all_rates(npus)
+    sent = shape.experts_per_token * shape.hidden / npus
+    per_token = sent * min(shape.bytes_per_value, 2) / dispatch + sent * 2 / combine
+    return shape.sparse_layers * 2 * latency * NS_PER_S, shape.sparse_layers * per_token * NS_PER_S
+
+
+class Measured:
+    """What latency models share that rest on measured steps: they count what they are asked beyond those.
+
+    `asked`: step times so far, `outside` of them of a step larger in some part than any that was measured.
+    """
+
+    asked = 0
+    outside = 0
+
+
+class Fitted(Measured):
     """Linear in the features of a step, with non-negative coefficients in ns fitted to a profile (see `features`).
 
-    A guess to be verified counts as one more prompt token: derived, the profiled engines do not speculate.
+    In the number of decoding sequences it is piecewise linear: one coefficient up to the first of `knots`, and one
+    behind each of them, because an engine's time per sequence is not that of the next. `ranges`: what was measured of
+    each part of a step, by its name. A guess to be verified counts as one more prompt token: derived, the profiled
+    engines do not speculate.
     """
 
     FEATURES = (
@@ -58,31 +118,72 @@ class Fitted:
         "decode_context",
     )
 
-    def __init__(self, coefficients_ns: Sequence[float]) -> None:
-        if len(coefficients_ns) != len(self.FEATURES):
+    def __init__(
+        self,
+        coefficients_ns: Sequence[float],
+        knots: Sequence[int] = (),
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        names = self.names(knots)
+        if len(coefficients_ns) != len(names):
             raise ValueError(
-                f"a fitted latency model needs {len(self.FEATURES)} coefficients ({', '.join(self.FEATURES)}), "
+                f"a fitted latency model needs {len(names)} coefficients ({', '.join(names)}), "
                 f"not {len(coefficients_ns)}"
             )
+        if list(knots) != sorted(set(knots)) or (knots and knots[0] < 1):
+            raise ValueError(f"knots of a fitted latency model are {list(knots)}: allowed are rising numbers from 1 up")
         self.coefficients_ns = tuple(float(value) for value in coefficients_ns)
+        self.knots = tuple(knots)
+        self._step, self._prefill, self._token, self._pair, self._chunk, decode, first, self._key = (
+            self.coefficients_ns[: len(self.FEATURES)]
+        )
+        slopes = (first, *self.coefficients_ns[len(self.FEATURES) :])
+        self._batch = [0.0]  # ns of so many decoding sequences, up to the last knot
+        for start, end, slope in zip((0, *self.knots), self.knots, slopes, strict=False):
+            self._batch += [self._batch[-1] + slope * more for more in range(1, end - start + 1)]
+        self._batch[1:] = [decode + time for time in self._batch[1:]]
+        self._decode, self._slope = decode, slopes[-1]
+        most = {name: high for name, (_, high) in (ranges or {}).items()}
+        self._most = tuple(most.get(name, float("inf")) for name in StepShape._fields[:5])
+
+    @classmethod
+    def names(cls, knots: Sequence[int]) -> tuple[str, ...]:
+        """What each coefficient is of."""
+        return (*cls.FEATURES, *(f"decode_sequences > {knot}" for knot in knots))
 
     @staticmethod
-    def features(shape: StepShape) -> tuple[float, ...]:
-        """The regressors of a step, in the order of `FEATURES`."""
+    def features(shape: StepShape, knots: Sequence[int] = ()) -> tuple[float, ...]:
+        """The regressors of a step, in the order of `names`."""
+        sequences = shape.decode_sequences
+        ends = (*knots, float("inf"))
         return (
             1.0,
             float(shape.prefill_tokens > 0),
             float(shape.prefill_tokens + shape.draft_tokens),
             float(shape.prefill_attention),
             float(shape.prefill_chunks),
-            float(shape.decode_sequences > 0),
-            float(shape.decode_sequences),
+            float(sequences > 0),
+            float(min(sequences, ends[0])),
             float(shape.decode_context),
+            *(float(min(max(sequences - low, 0), high - low)) for low, high in pairwise(ends)),
         )
 
     def step_ns(self, shape: StepShape) -> int:
-        terms = zip(self.coefficients_ns, self.features(shape), strict=True)
-        return max(1, round(sum(coefficient * feature for coefficient, feature in terms)))
+        tokens, attention, chunks, sequences, context, drafts = shape
+        self.asked += 1
+        most = self._most
+        if tokens > most[0] or attention > most[1] or chunks > most[2] or sequences > most[3] or context > most[4]:
+            self.outside += 1
+        time = self._step + (tokens + drafts) * self._token + context * self._key
+        if tokens:
+            time += self._prefill
+        time += attention * self._pair + chunks * self._chunk
+        behind = sequences - len(self._batch) + 1
+        if behind <= 0:
+            time += self._batch[sequences]
+        else:
+            time += self._batch[-1] + behind * self._slope + (0.0 if self.knots else self._decode)
+        return max(1, round(time))
 
 
 class Constant:

@@ -8,10 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.latency import StepShape
-from cluster.vocabulary import to_s
 from sim.latency import Fitted
 
-SCHEMA = "deepflow-profile/1"
+SCHEMA = "deepflow-profile/2"
+
+KNOTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Where the time per decoding sequence may change, if steps were measured between them."""
+
+STEPS_PER_SEGMENT = 25
 
 Matrix = npt.NDArray[np.float64]
 
@@ -27,9 +31,10 @@ class FitError(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """What `deepflow profile` writes. Delays and start-up stages: medians in seconds. `ranges`: what was measured of
-    each part of a step's shape. `contention`: how much longer a step takes while the other engines compute, as a share
-    per engine; `coefficients_ns` are of an engine that computes alone.
+    """What `deepflow profile` writes. `coefficients_ns`, `knots`: of the fitted model of an engine that computes alone.
+    `ranges`: what was measured of each part of a step's shape. `contention`: how much longer a step takes while the
+    other engines compute, as a share per engine. Delays and start-up stages: medians in seconds, None and none where a
+    log of steps was all there was.
     """
 
     schema: str
@@ -40,11 +45,12 @@ class Profile(msgspec.Struct, frozen=True):
     engines: int
     steps: int
     coefficients_ns: list[float]
+    knots: list[int]
     contention: float
     held_out: FitError
     ranges: dict[str, tuple[float, float]]
-    dispatch_s: float
-    event_s: float
+    dispatch_s: float | None
+    event_s: float | None
     stages_s: dict[str, float]
 
 
@@ -54,15 +60,28 @@ def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
     Weighting by the measured time instead would favour steps that came out short and predict too little in all.
     Raises ValueError: too few steps.
     """
-    if len(steps) < 2 * len(Fitted.FEATURES):
-        raise ValueError(f"{len(steps)} measured steps cannot fit {len(Fitted.FEATURES)} coefficients: profile longer")
-    features = np.array([Fitted.features(shape) for shape, _ in steps])
+    knots = knots_of(steps)
+    names = Fitted.names(knots)
+    if len(steps) < 2 * len(names):
+        raise ValueError(f"{len(steps)} measured steps cannot fit {len(names)} coefficients: profile longer")
+    features = np.array([Fitted.features(shape, knots) for shape, _ in steps])
     times = np.array([float(duration) for _, duration in steps])
     expected = times
     for _ in range(4):
         coefficients = _non_negative(features / expected[:, None], times / expected)
         expected = np.maximum(features @ coefficients, 1.0)
-    return Fitted([float(value) for value in coefficients])
+    return Fitted([float(value) for value in coefficients], knots, feature_ranges(steps))
+
+
+def knots_of(steps: Sequence[tuple[StepShape, int]]) -> list[int]:
+    """Those of `KNOTS` that leave enough measured steps in every segment between them."""
+    sizes = np.sort([shape.decode_sequences for shape, _ in steps if shape.decode_sequences])
+    knots: list[int] = []
+    for knot in KNOTS:
+        up_to, before = np.searchsorted(sizes, [knot, knots[-1] if knots else 0], side="right")
+        if up_to - before >= STEPS_PER_SEGMENT <= len(sizes) - up_to:
+            knots.append(knot)
+    return knots
 
 
 def contention_of(steps: Sequence[tuple[StepShape, int]], busy: Sequence[float]) -> float:
@@ -147,7 +166,8 @@ def load(path: str | Path) -> Profile:
 
 def load_latency(path: str | Path) -> Fitted:
     """The latency model of a profile."""
-    return Fitted(load(path).coefficients_ns)
+    profile = load(path)
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges)
 
 
 def describe(profile: Profile) -> str:
@@ -156,12 +176,12 @@ def describe(profile: Profile) -> str:
         f"{profile.steps} steps of {profile.engines} engines at once, {profile.model}, {profile.machine}",
         f"held-out error of a step: median {profile.held_out.median:.1%}, p90 {profile.held_out.p90:.1%}, "
         f"of the total time {profile.held_out.total:+.2%}",
-        f"a step takes {profile.contention:.0%} longer for each other engine that computes",
-        f"messages: {to_s(round(profile.dispatch_s * 1e9)) * 1e6:.0f} us to an engine, "
-        f"{profile.event_s * 1e6:.0f} us back",
     ]
-    for name, value in zip(Fitted.FEATURES, profile.coefficients_ns, strict=True):
+    if profile.dispatch_s is not None and profile.event_s is not None:
+        lines.append(f"a step takes {profile.contention:.0%} longer for each other engine that computes")
+        lines.append(f"messages: {profile.dispatch_s * 1e6:.0f} us to an engine, {profile.event_s * 1e6:.0f} us back")
+    for name, value in zip(Fitted.names(profile.knots), profile.coefficients_ns, strict=True):
         low, high = profile.ranges.get(name, (0.0, 0.0))
         measured = f"   measured {low:g} to {high:g}" if name in profile.ranges else ""
-        lines.append(f"  {name:<18}{value / 1e3:12.3f} us{measured}")
+        lines.append(f"  {name:<22}{value / 1e3:12.3f} us{measured}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from flowserve import ops
 from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from sim import profile as profiles
-from sim.hardware import ModelShape
+from sim.model_shape import ModelShape
 
 BLOCK_TOKENS = 256
 BATCHES = (1, 32)
@@ -208,10 +208,11 @@ def _checkpoint(shape: ModelShape, dtype: str) -> Path:
 
 
 def _save_profile(shape: ModelShape, options: Options, steps: list[tuple[StepShape, int]], loading_s: float) -> None:
-    """The format of `deepflow profile`, of one engine without messages: those delays are not measured, and 0."""
+    """The format of `deepflow profile`, of one engine without messages: those delays are not measured."""
     from experiments.fidelity import save_profile
 
     name = torch.cuda.get_device_name() if options.device != "cpu" else machine.describe()
+    model = profiles.fit(steps)
     profile = profiles.Profile(
         schema=profiles.SCHEMA,
         machine=name,
@@ -221,11 +222,12 @@ def _save_profile(shape: ModelShape, options: Options, steps: list[tuple[StepSha
         engines=1,
         steps=len(steps),
         contention=0.0,
-        coefficients_ns=list(profiles.fit(steps).coefficients_ns),
+        coefficients_ns=list(model.coefficients_ns),
+        knots=list(model.knots),
         held_out=profiles.held_out_error(steps),
         ranges=profiles.feature_ranges(steps),
-        dispatch_s=0.0,
-        event_s=0.0,
+        dispatch_s=None,
+        event_s=None,
         stages_s={"te_load": loading_s},
     )
     folder = Path("runs") if options.device == "cpu" else DATA.parent

@@ -1,5 +1,6 @@
 """`deepflow validate`: the same trace on real engines and on a simulation of them; the error of every metric."""
 
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -8,18 +9,24 @@ from experiments.commands.usage import split, wants_help
 from experiments.config import compose
 
 USAGE = """usage: deepflow validate [--config-dir DIR] [KEY=VALUE,VALUE ...]
+       deepflow validate --published
 
 Profiles the engine here, runs the trace on two real engines of the tiny model on this CPU, and simulates the same from
 the profile. A key with several values makes one pair of runs per value, e.g.
 
   deepflow validate trace.rate=1,2,4
   deepflow validate fleet=pd_1p1d
+
+With --published nothing is run: rooflines are held against published figures of Ascend systems and, where the folder
+DEEPFLOW_GROUNDTRUTH names has recorded engines (LLMServingSim's bench/examples), simulations against their timings.
 """
 
 
 def main(arguments: list[str]) -> int:
     if wants_help(arguments, USAGE):
         return 0
+    if arguments == ["--published"]:
+        return _published()
     from experiments.fidelity import pair, save_profile
     from experiments.profiling import measure
     from experiments.report import ReportRun, write_report
@@ -43,6 +50,18 @@ def main(arguments: list[str]) -> int:
     print_table(rows)
     write_report(folder / "report.html", "Simulation against real engines", reports, rows)
     print(folder)
+    return 0
+
+
+def _published() -> int:
+    from experiments.fidelity_published import print_judged, print_published
+
+    print_published()
+    folder = os.environ.get("DEEPFLOW_GROUNDTRUTH")
+    if folder:
+        print_judged(Path(folder))
+    else:
+        print("\nno timings of real engines: set DEEPFLOW_GROUNDTRUTH to the folder that has them")
     return 0
 
 

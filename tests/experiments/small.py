@@ -40,6 +40,7 @@ PROFILE = Profile(
     engines=1,
     steps=100,
     coefficients_ns=[1e6] * len(Fitted.FEATURES),
+    knots=[],
     held_out=FitError(100, 0.0, 0.0, 0.0),
     ranges={},
     dispatch_s=0.0,

@@ -21,13 +21,24 @@ from tests.experiments.small import PROFILE
 ROOT = Path(build.__file__).parents[1]
 OPTIONS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
 
+SPLIT = ["fleet.groups.0.npus=8"]
 ON_REAL = ["model=tiny_llama", "engine=small", "hardware=cpu"]
 NEEDS = {
     ("trace", "deepflow"): ["trace.reader.path={folder}/trace.jsonl"],
     ("latency", "profile"): ["latency.path={folder}/profile.json"],
+    ("latency", "table"): ["latency.path={folder}/table.csv"],
     ("backend", "real"): ON_REAL,
     ("engine/chunking", "protect_tpot"): ["engine.chunking.prompt_token_s=5e-5"],
     ("hardware", "cpu"): ON_REAL[:2],
+    ("model", "llama3_70b"): SPLIT,
+    ("model", "codellama_34b"): SPLIT,
+    ("model", "qwen2_72b"): SPLIT,
+    ("model", "qwen2_5_32b"): SPLIT,
+    ("model", "qwen2_5_72b"): SPLIT,
+    ("model", "qwen3_32b"): SPLIT,
+    ("model", "qwen3_30b_a3b"): SPLIT,
+    ("model", "qwen3_235b_a22b"): ["fleet.groups.0.npus=16", "hardware=ascend910c"],
+    ("model", "deepseek_v3"): ["fleet.groups.0.npus=32", "hardware=cloudmatrix384"],
 }
 """What an option needs beside it: values that it leaves open (`???`), or options that go with it."""
 
@@ -36,6 +47,8 @@ NEEDS = {
 def files(tmp_path: Path) -> Path:
     """A folder with the files that options want to be told of."""
     (tmp_path / "trace.jsonl").write_text('{"arrival_s":0,"prompt_tokens":20,"output_tokens":4}\n')
+    grid = "prefill,1,0,0.01\nprefill,9,0,0.02\ndecode,1,0,0.01\ndecode,9,0,0.01\n"
+    (tmp_path / "table.csv").write_text("kind,tokens,context,duration_s\n" + grid)
     (tmp_path / "profile.json").write_bytes(msgspec.json.encode(PROFILE))
     return tmp_path
 

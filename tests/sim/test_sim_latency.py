@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.latency import StepShape
-from sim.hardware import Hardware, ModelShape, kv_blocks
+from sim.hardware import Hardware, kv_blocks
 from sim.latency import Constant, Fitted, Roofline
+from sim.model_shape import ModelShape
 
 NPU = Hardware(
     name="npu",
@@ -119,16 +120,19 @@ def test_a_large_prefill_is_bound_by_compute() -> None:
 
 @given(shape=shapes, npus=st.sampled_from([1, 2, 8]))
 def test_more_work_takes_no_less_time(shape: StepShape, npus: int) -> None:
-    """Every model is monotone in every part of a step, and more NPUs are never slower."""
+    """Every model is monotone in every part of a step, and more NPUs are never slower where sending costs nothing."""
+    joined = msgspec.structs.replace(NPU, node_npus=16, peer_bytes_per_s=1e30)
     rooflines = [Roofline(NPU, MODEL, npus), Roofline(NPU, SPARSE, npus)]
     for model in [*rooflines, Fitted([5, 4, 3, 2, 1, 0, 7, 8]), Constant(0.01, 0.001)]:
         base = model.step_ns(shape)
         assert base >= 1
         for place in range(6):
+            if place == 3 and shape.draft_tokens:
+                continue  # the same context in more sequences: each guess attends to less of it
             more = list(shape)
             more[place] += 100
             assert model.step_ns(StepShape(*more)) >= base
-    assert Roofline(NPU, MODEL, 2 * npus).step_ns(shape) <= Roofline(NPU, MODEL, npus).step_ns(shape)
+    assert Roofline(joined, MODEL, 2 * npus).step_ns(shape) <= Roofline(joined, MODEL, npus).step_ns(shape)
 
 
 def test_fitted_is_linear_in_its_features() -> None:

@@ -1,0 +1,248 @@
+"""The simulator against figures that others measured: rooflines against publications, runs against vLLM's timings."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from cluster.latency import StepShape
+from cluster.metrics import Recorder, RequestTable, Window
+from cluster.request import Answer, Arrival, Request
+from cluster.vocabulary import ExecutorSpec, Role, to_ns
+from experiments import build
+from experiments.config import compose
+from sim.hardware import Hardware
+from sim.latency import Roofline
+
+TERMS = ("efficiency_gemm", "efficiency_bandwidth", "step_overhead_s")
+"""What is fitted to a machine's first half of requests."""
+
+METRICS = ("ttft", "tpot", "e2e")
+STATISTICS = ("mean", "p50", "p99")
+
+Column = npt.NDArray[np.float64]
+
+
+class Figure(NamedTuple):
+    """A published figure and what the simulator's models say. `basis`: a term of the model that rests on it, if any."""
+
+    what: str
+    published: float
+    simulated: float
+    source: str
+    basis: str = ""
+
+
+def _hardware(name: str) -> Hardware:
+    return build.hardware_of(compose(), ExecutorSpec("", Role.COLOCATED, hardware=name))
+
+
+def _roofline(hardware: str, model: str, npus: int) -> Callable[[StepShape], float]:
+    latency = Roofline(_hardware(hardware), build.model_shape(compose([f"model={model}"])), npus)
+    return lambda shape: latency.step_ns(shape) / 1e9
+
+
+def published() -> Iterator[Figure]:
+    """Step times and transfers, from hardware and model alone."""
+    step = _roofline("ascend910c", "qwen3_14b", 1)(StepShape(0, 0, 0, 16, 0))
+    notes = "public roofline notes"
+    yield Figure("Qwen3-14B, A3 die, decode of 16, ms", 17.0, step * 1e3, notes, "efficiency_bandwidth")
+
+    paper = "arXiv 2506.12708"
+    tokens, prompts = 16 * 16384, 16 * 4
+    step = _roofline("cloudmatrix384", "deepseek_v3", 32)(StepShape(tokens, prompts * 4096 * 4097 // 2, prompts, 0, 0))
+    yield Figure("DeepSeek-R1, CM384, prefill of 4K prompts, tokens/s per NPU", 6688, tokens / step / 16, paper)
+    decode = _roofline("cloudmatrix384", "deepseek_v3", 320)
+    for batch, served in ((96, 1943), (8, 538)):
+        sequences = batch * 160
+        step = decode(StepShape(0, 0, 0, sequences, sequences * 4096, sequences))
+        yield Figure(f"the same, decode of {batch} per NPU, tokens/s per NPU", served, batch * 1.7 / step, paper)
+
+    loads = (("llama3_8b", 1, 0.15, 0.71), ("codellama_34b", 4, 0.16, 0.76), ("qwen2_72b", 8, 0.19, 0.91))
+    for model, npus, hccs, roce in loads:
+        shard = build.model_shape(compose([f"model={model}"])).weight_bytes / npus
+        for link, hardware, seconds in (("HCCS", "cloudmatrix384", hccs), ("RoCE", "ascend910b2", roce)):
+            rate = _hardware(hardware).kv_link_bytes_per_s
+            yield Figure(f"weights of {model} TP{npus} over {link}, s", seconds, shard / rate, "DeepServe figure 10")
+
+
+# -- timings of real engines --------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """Requests that a real engine served, in order of arrival; times in seconds.
+
+    `overrides`: the engine's limits, from what it wrote of itself. `real`: per metric, a value per request.
+    """
+
+    name: str
+    overrides: list[str]
+    arrivals: Column
+    prompts: npt.NDArray[np.int64]
+    outputs: npt.NDArray[np.int64]
+    real: dict[str, Column]
+
+
+def read_machine(folder: Path, hardware: str) -> Machine:
+    """A folder with requests.jsonl and meta.json, as LLMServingSim records vLLM. ValueError: it is not such a folder.
+
+    Requests arrive when the engine queues them: what its frontend did before is not simulated.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+        rows.sort(key=lambda row: row["queued_ts"])
+        column = {name: np.array([row[name] for row in rows], float) for name in rows[0] if name != "request_id"}
+        limits = meta["engine_kwargs"]
+        overrides = [
+            f"hardware={hardware}",
+            f"engine.max_sequences={limits['max_num_seqs']}",
+            f"engine.token_budget={limits['max_num_batched_tokens']}",
+            f"engine.kv_blocks={meta.get('kv_cache', {}).get('num_gpu_blocks', 'null')}",
+        ]
+        queued, first, last = (column[name] for name in ("queued_ts", "first_token_ts", "last_token_ts"))
+        outputs = column["output_toks"].astype(np.int64)
+        prompts = column["input_toks"].astype(np.int64)
+    except (OSError, json.JSONDecodeError, KeyError, IndexError) as error:
+        raise ValueError(f"{folder}: expected requests.jsonl and meta.json of a recorded engine ({error!r})") from error
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tpot = np.where(outputs > 1, (last - first) / (outputs - 1), np.nan)
+    real = {"ttft": first - queued, "tpot": tpot, "e2e": last - queued}
+    return Machine(folder.name, overrides, queued - queued[0], prompts, outputs, real)
+
+
+BASE = [
+    "model=llama3_8b",
+    "engine=cuda",
+    "engine.block_tokens=16",
+    "engine.max_in_flight=2",
+    "engine.watermark=0",
+    "engine.prefix_cache=false",
+    "coldstart=none",
+    "decisions=false",
+    "fleet.groups=[{role: colocated, executors: 1}]",
+]
+"""vLLM as recorded: asynchronous scheduling, no watermark, and no prompt that another one shares."""
+
+
+def simulate(machine: Machine, terms: dict[str, float]) -> dict[str, Column]:
+    """The same requests on the simulated engine; per metric, a value per request."""
+    cfg = compose([*BASE, *machine.overrides, *(f"hardware.{name}={value!r}" for name, value in terms.items())])
+    model = build.model_name(cfg)
+    requests = zip(machine.arrivals.tolist(), machine.prompts.tolist(), machine.outputs.tolist(), strict=True)
+    arrivals = [
+        Arrival(Request(number, prompt, output, model), Answer(output), to_ns(at))
+        for number, (at, prompt, output) in enumerate(requests)
+    ]
+    recorder = Recorder()
+    control = build.control_plane(cfg, arrivals, recorder)
+    with build.cluster(cfg, None) as cluster:
+        control.drive(cluster)
+    table = RequestTable(recorder, Window())
+    order = np.argsort(table.columns["request_id"])
+    return {"ttft": table.ttft[order], "tpot": table.tpot[order], "e2e": table.e2e[order]}
+
+
+def statistics(values: dict[str, Column], requests: slice) -> dict[tuple[str, str], float]:
+    """(metric, statistic) over some of the requests."""
+    found = {}
+    for metric in METRICS:
+        chosen = values[metric][requests]
+        found[metric, "mean"] = float(np.nanmean(chosen))
+        found[metric, "p50"], found[metric, "p99"] = (float(np.nanpercentile(chosen, share)) for share in (50, 99))
+    return found
+
+
+def errors(machine: Machine, simulated: dict[str, Column], requests: slice) -> dict[tuple[str, str], float]:
+    """(simulated - real) / real per metric and statistic."""
+    real, found = statistics(machine.real, requests), statistics(simulated, requests)
+    return {key: found[key] / real[key] - 1 for key in real}
+
+
+DIRECTIONS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, -1, 0))
+"""Of the search among `TERMS`: one by one, and two that nearly make up for each other."""
+
+
+def fit_terms(machine: Machine, requests: slice) -> dict[str, float]:
+    """The terms with which the simulation of these requests comes closest: least squared log(simulated / real),
+    averaged over requests and metrics, by a search in steps that shrink from 30 to 1 %. It may end beside the best:
+    terms can make up for each other.
+    """
+
+    def off(values: list[float]) -> float:
+        simulated = simulate(machine, dict(zip(TERMS, values, strict=True)))
+        ratios = [np.log(simulated[metric][requests] / machine.real[metric][requests]) for metric in METRICS]
+        return float(np.mean([np.nanmean(ratio**2) for ratio in ratios]))
+
+    start = msgspec.to_builtins(_hardware(machine.overrides[0].partition("=")[2]))
+    best = [float(start[term]) for term in TERMS]
+    closest, step = off(best), 0.3
+    while step > 0.01:
+        before = closest
+        for direction in DIRECTIONS:
+            for factor in (1 + step, 1 / (1 + step)):
+                tried = [round(value * factor**way, 6) for value, way in zip(best, direction, strict=True)]
+                tried[:2] = [min(share, 1.0) for share in tried[:2]]
+                value = off(tried)
+                if value < closest:
+                    best, closest = tried, value
+        if closest == before:
+            step /= 2
+    return dict(zip(TERMS, best, strict=True))
+
+
+class Judged(NamedTuple):
+    """Errors of one part of a machine's requests, and whether its timings were seen by the fit."""
+
+    label: str
+    real: dict[tuple[str, str], float]
+    errors: dict[tuple[str, str], float]
+
+
+MACHINES = {"vllm-rtx4090-llama-3.1-8b": "rtx4090", "vllm-rtxpro6000-llama-3.1-8b": "rtxpro6000"}
+"""Folders of recorded engines, and their hardware; the terms are fitted to the first half of the first one."""
+
+
+def judge(folder: Path) -> Iterator[Judged]:
+    """Errors before any fit, and with the terms fitted to the first machine's first half: there, on its second half,
+    and on the other machines, whose own figures of hardware they use.
+    """
+    machines = [read_machine(folder / name, hardware) for name, hardware in MACHINES.items()]
+    first = machines[0]
+    half = len(first.arrivals) // 2
+    terms = fit_terms(first, slice(0, half))
+    said = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    for label, chosen in (("as configured", {}), (f"fitted: {said}", terms)):
+        parts = [(first, slice(0, half), ", seen by the fit" if chosen else ""), (first, slice(half, None), "")]
+        parts += [(machine, slice(None), "") for machine in machines[1:]]
+        for machine, requests, seen in parts:
+            which = {(0, half): ", first half", (half, None): ", second half"}.get((requests.start, requests.stop), "")
+            simulated = simulate(machine, chosen)
+            yield Judged(
+                f"{machine.name}{which} ({label}{seen})",
+                statistics(machine.real, requests),
+                errors(machine, simulated, requests),
+            )
+
+
+def print_published() -> None:
+    """The table of published figures."""
+    print(f"{'published figure':<64}{'published':>10}{'simulated':>10}{'error':>8}  a term rests on it")
+    for figure in published():
+        error = figure.simulated / figure.published - 1
+        said = f"{figure.what:<64}{figure.published:>10.4g}{figure.simulated:>10.4g}{error:>+8.1%}"
+        print(f"{said}  {figure.basis}".rstrip())
+
+
+def print_judged(folder: Path) -> None:
+    """The table of real engines' timings."""
+    for judged in judge(folder):
+        print(f"\n{judged.label}")
+        print(f"  {'':<6}" + "".join(f"{statistic + ' s':>12}{'error':>8}" for statistic in STATISTICS))
+        for metric in METRICS:
+            cells = (f"{judged.real[metric, s]:>12.4g}{judged.errors[metric, s]:>+8.1%}" for s in STATISTICS)
+            print(f"  {metric:<6}" + "".join(cells))
