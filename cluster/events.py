@@ -64,6 +64,8 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     `tokens`: how many this task produced; `last_token_ns`: when the last of them was; `token_gaps_ns`: the
     `tokens - 1` times between them. `cached_tokens`: of the prompt, not computed; of these, `dram_tokens` and
     `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
+    Of an engine that speculates: `draft_tokens` it guessed, `accepted_tokens` of these, and `draft_rejections`: how
+    often a guess was wrong or missing where the output went on.
     """
 
     request_id: int
@@ -78,6 +80,9 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     dram_tokens: int = 0
     ssd_tokens: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_rejections: int = 0
     kv_runs: tuple[int, ...] = ()
 
 

@@ -56,6 +56,7 @@ class _Live:
         "last",
         "preemptions",
         "prompt",
+        "speculation",
         "ssd",
         "started",
     )
@@ -71,6 +72,7 @@ class _Live:
         self.dram = 0
         self.ssd = 0
         self.preemptions = 0
+        self.speculation = (0, 0, 0)
         self.attempts = 0
         self.started = ""
 
@@ -91,6 +93,9 @@ class Recorder:
         "ssd_tokens",
         "preemptions",
         "failed_tasks",
+        "draft_tokens",
+        "accepted_tokens",
+        "draft_rejections",
     )
 
     def __init__(self) -> None:
@@ -158,6 +163,12 @@ class Recorder:
         live.preemptions += event.preemptions
         if event.cached_tokens > live.cached:
             live.cached, live.dram, live.ssd = event.cached_tokens, event.dram_tokens, event.ssd_tokens
+        drafted, accepted, rejections = live.speculation
+        live.speculation = (
+            drafted + event.draft_tokens,
+            accepted + event.accepted_tokens,
+            rejections + event.draft_rejections,
+        )
         live.started = live.started or event.executor
         live.last = event.last_token_ns
         gaps = event.token_gaps_ns
@@ -185,6 +196,7 @@ class Recorder:
             live.ssd,
             live.preemptions,
             live.attempts,
+            *live.speculation,
         )
         for column, value in zip(self.requests.values(), values, strict=True):
             column.append(value)
@@ -305,6 +317,12 @@ def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dic
             1, float(table.columns["prompt_tokens"].sum())
         )
     summary["preemptions"] = int(table.columns["preemptions"].sum())
+    accepted, rejections = (int(table.columns[name].sum()) for name in ("accepted_tokens", "draft_rejections"))
+    summary["draft_tokens"] = int(table.columns["draft_tokens"].sum())
+    summary["accepted_tokens"] = accepted
+    # Per guess whose predecessors were right, as `Acceptance.rate` has it; accepted / drafted is less by nature.
+    tried = accepted + rejections
+    summary["draft_acceptance"] = accepted / tried if tried else float("nan")
     summary["failed_tasks"] = int(table.columns["failed_tasks"].sum())
     summary["npu_seconds"] = recorder.npu_seconds()
     lags = table.columns["lag_ns"] / NS_PER_S

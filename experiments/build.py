@@ -119,6 +119,7 @@ class RealSettings(msgspec.Struct, frozen=True):
 
     report_period_s: float
     device: str | None
+    draft_model: str | None
     dtype: str
     threads: int
     ssd_folder: str | None
@@ -411,15 +412,16 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
         acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
         device = NullDevice(backend.step_s, backend.prefill_token_s, vocab, acceptance)
     else:
-        ssd, sizes = backend.ssd_folder, tuple(backend.graph_sizes)
-        device = TorchDevice(model_folder(cfg), device_name(cfg), backend.dtype, backend.threads, ssd, sizes)
+        device = TorchDevice(
+            model_folder(cfg),
+            device_name(cfg),
+            backend.dtype,
+            backend.threads,
+            backend.ssd_folder,
+            tuple(backend.graph_sizes),
+            draft_model(cfg),
+        )
     engines = {group.spec: Engine(engine_config(cfg, group.spec), device) for group in groups(cfg)}
-    for engine in engines.values():
-        if engine.engine.speculative_tokens and not isinstance(device, NullDevice):
-            raise ValueError(
-                f"engine.speculative_tokens is {engine.engine.speculative_tokens}: engines on torch do not speculate,"
-                " allowed is 0 (the simulator and the null device take more)"
-            )
     logs = None
     if folder is not None:
         logs = folder / "engines"
@@ -451,6 +453,35 @@ def sampling(cfg: DictConfig) -> Sampling:
 def device_name(cfg: DictConfig) -> str:
     """What real engines run on. YAML reads an unquoted null, and what a shell leaves of a quoted one, as nothing."""
     return "null" if cfg.backend.device is None else str(cfg.backend.device)
+
+
+def draft_model(cfg: DictConfig) -> str | None:
+    """The folder of the model that guesses. ValueError: it is missing, no model, of another vocabulary, or not used."""
+    folder, engine = cfg.backend.draft_model, cfg.engine
+    used = engine.speculative_tokens and engine.drafter == "model"
+    if folder is None:
+        if used:
+            raise ValueError(
+                "engine.drafter is model, but backend.draft_model names none: set it to a Hugging Face folder, or take "
+                "engine.drafter=ngram"
+            )
+        return None
+    if not used:
+        raise ValueError(
+            f"backend.draft_model is {folder}, but nothing uses it: set engine.drafter=model and "
+            "engine.speculative_tokens to the number of guesses, 1 or more"
+        )
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"backend.draft_model is {folder}: there is no config.json of a Hugging Face model")
+    from flowserve.models import read_config
+
+    found, wanted = read_config(Path(folder)).vocab_size, model_shape(cfg).vocab
+    if found != wanted:
+        raise ValueError(
+            f"backend.draft_model {folder} has a vocabulary of {found} tokens, the model {model_name(cfg)} of "
+            f"{wanted}: take a smaller model of the same family"
+        )
+    return str(folder)
 
 
 def model_folder(cfg: DictConfig) -> str:

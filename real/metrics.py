@@ -48,6 +48,8 @@ class ServingMetrics:
         self._failures = self._counter("task_failures", "Tasks that an engine gave back.", "reason")
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._draft = self._counter("spec_decode_num_draft_tokens", "Tokens guessed in speculative decoding.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.")
         self._ttft = self._histogram("time_to_first_token_seconds", "Dispatch to first token.", _TTFT_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Time between two tokens.", _ITL_S)
         self._tpot = self._histogram("request_time_per_output_token_seconds", "Mean of a request's gaps.", _ITL_S)
@@ -123,6 +125,8 @@ class ServingMetrics:
     def _finished(self, event: ev.TaskFinished) -> None:
         labels = self._labels(event.executor)
         self._generated.labels(*labels).inc(event.tokens)
+        self._draft.labels(*labels).inc(event.draft_tokens)
+        self._accepted.labels(*labels).inc(event.accepted_tokens)
         gaps = [to_s(gap) for gap in event.token_gaps_ns]
         itl = self._itl.labels(*labels)
         for gap in gaps:

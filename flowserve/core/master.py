@@ -266,6 +266,9 @@ class Master:
                 dram_tokens=sequence.fetched_tokens[0],
                 ssd_tokens=sequence.fetched_tokens[1],
                 preemptions=sequence.preemptions,
+                draft_tokens=sequence.drafted,
+                accepted_tokens=sequence.accepted,
+                draft_rejections=sequence.rejected,
                 kv_runs=tuple(run_lengths(sequence.blocks)) if held else (),
             )
         )

@@ -55,6 +55,14 @@ class Plan:
         self.clock = clock
         self.shape = shape
 
+    def narrow(self, drafts: list[int]) -> None:
+        """What a runner has found to guess, by verification, where that is less than there is room for."""
+        wide = self.verifies
+        self.verifies = [verify._replace(draft=draft) for verify, draft in zip(wide, drafts, strict=True)]
+        less = sum(verify.draft for verify in wide) - sum(drafts)
+        shape = self.shape
+        self.shape = shape._replace(decode_context=shape.decode_context - less, draft_tokens=shape.draft_tokens - less)
+
     @property
     def sampling(self) -> list[Sequence]:
         """Sequences that get tokens from this plan, in the order a runner returns them."""

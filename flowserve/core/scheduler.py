@@ -634,6 +634,10 @@ class EngineCore:
             sequence.sampled += tokens
             sequence.computed += tokens
             sequence.pending = False
+            sequence.drafted += draft
+            sequence.accepted += tokens - 1
+            if tokens <= self.config.speculative_tokens and sequence not in ending:
+                sequence.rejected += 1
             self.order.verified(sequence, tokens)
             verified.append((sequence, tokens))
             if sequence.sampled == sequence.task.request.max_tokens:

@@ -45,6 +45,7 @@ class Sequence:
     `computed`: positions whose KV cache is computed or being computed by an issued plan (while not decoding).
     `sampled`: tokens of the request so far, sampled by completed plans (while not decoding).
     `pending`: a plan in flight samples for it, while it speculates: only then is known how far it got.
+    `drafted`: guesses made for it, `accepted`: right ones, `rejected`: verifications that a wrong or missing one ended.
     `runs`: (first, last) values of the decode clock between which it decoded, in completed plans.
     `limit`: the decode clock at which the client's token limit is reached.
     `cached_tokens`: not computed, because they were cached; `fetched_tokens`: of these, from DRAM and from SSD.
@@ -52,11 +53,13 @@ class Sequence:
     """
 
     __slots__ = (
+        "accepted",
         "arrival",
         "blocks",
         "cached_tokens",
         "clock",
         "computed",
+        "drafted",
         "duplicates",
         "fetched_tokens",
         "joined",
@@ -65,6 +68,7 @@ class Sequence:
         "node",
         "pending",
         "preemptions",
+        "rejected",
         "runs",
         "sampled",
         "status",
@@ -93,6 +97,9 @@ class Sequence:
         self.may_fetch = True
         self.runs: list[tuple[int, int]] = []
         self.preemptions = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.rejected = 0
 
     @property
     def task_id(self) -> int:

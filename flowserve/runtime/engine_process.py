@@ -228,6 +228,7 @@ def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable
             device.threads,
             device.ssd_folder,
             device.graph_sizes,
+            device.draft_dir,
         )
 
     return torch_runner, torch_imports

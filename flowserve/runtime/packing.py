@@ -4,25 +4,70 @@ A task has a row in the block tables, in the host's table of tokens, and in the 
 decode batch stays the same, a step costs a few array operations and a look at the sequences that start a block.
 """
 
+from collections.abc import Sequence as Ordered
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from flowserve.core.plan import Plan
+from flowserve.core.plan import Plan, Verify
 from flowserve.core.sequence import Sequence
 from flowserve.ops.step import Ints
+
+Bools = npt.NDArray[np.bool_]
+
+
+class PackedVerifies(NamedTuple):
+    """Of the V verifications of a plan, in its order: how many guesses (`drafts`), and where they are.
+
+    `entries`: which of the step's N sequences. `places`: packed token of the sequence's last token, behind which its
+    guesses are. `sampled`: first of its 1 + draft samples among the step's S. `rows`, and `indices` of the first.
+    """
+
+    drafts: Ints
+    entries: Ints
+    places: Ints
+    sampled: Ints
+    rows: Ints
+    indices: Ints
+
+    def take(self, packed: Ints, samples: Ints, finite: Bools) -> tuple[Ints, Ints, Bools, Ints]:
+        """Samples by sequence, from packed tokens [T], samples [S] and whether they mean something, [S].
+
+        Of each sequence: its tokens, [sequences, most]; how many count, which are those to the first that was not
+        guessed; whether all these mean something; its first sample. Other sequences, which have one sample, come first.
+        """
+        most = 1 + int(self.drafts.max())
+        others, ahead = len(samples) - int((1 + self.drafts).sum()), np.arange(most)
+        places = np.minimum(self.sampled[:, None] + ahead, len(samples) - 1)
+        guesses = packed[np.minimum(self.places[:, None] + ahead[1:], len(packed) - 1)]
+        right = (samples[places[:, :-1]] == guesses) & (ahead[1:] <= self.drafts[:, None])
+        counts = 1 + np.cumprod(right, axis=1).sum(axis=1)
+        sound = (finite[places] | (ahead >= counts[:, None])).all(axis=1)
+        above = np.zeros((others, most), dtype=np.int64)
+        above[:, 0] = samples[:others]
+        return (
+            np.concatenate((above, samples[places])),
+            np.concatenate((np.ones(others, dtype=np.int64), counts)),
+            np.concatenate((finite[:others], sound)),
+            np.concatenate((np.arange(others), self.sampled)),
+        )
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+NO_VERIFIES = PackedVerifies(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 class PackedStep(NamedTuple):
     """Host arrays of one step, nobody else's: they stay as they are while later steps are packed.
 
-    For the N sequences, chunks first, then decodes by ascending length: `starts`, `counts` [N], `block_tables` [N,
-    width]. `tokens` [T]: 0 for decodes, whose tokens are in rows `decode_rows` [B] of the device's table.
+    For the N sequences: `starts`, `counts` [N], `block_tables` [N, width]. First chunks, of prompts and of tokens with
+    their guesses, then by ascending length those with one token: decodes, or verifications without a guess.
+    `tokens` [T]: 0 for decodes, whose tokens are in rows `decode_rows` [B] of the device's table.
     `uploads`: [2, U], rows of that table and the tokens to put there first. `unclean`: blocks to be zeroed first.
-    For the S sequences of `plan.sampling`, in that order: `sample_places` [S] packed tokens whose logits are wanted,
-    `rows` [S], `indices` [S] of the tokens in their requests' outputs, `positions` [S] that the tokens will have.
-    `num_rows`: how many rows there are so far.
+    For the S samples, one for each sequence of `plan.sampling` in that order, or one behind each token of a
+    verification: `sample_places` [S] packed tokens whose logits are wanted, `rows` [S], `indices` [S] of the tokens in
+    their requests' outputs, `positions` [S] that the tokens will have. `num_rows`: how many rows there are so far.
     """
 
     tokens: Ints
@@ -38,6 +83,13 @@ class PackedStep(NamedTuple):
     indices: Ints
     positions: Ints
     num_rows: int
+    verifies: PackedVerifies
+
+    def owners(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Of each sample, the one of the plan's sampling sequences that it belongs to."""
+        others = len(sequences) - len(self.verifies.drafts)
+        repeated = zip(sequences[others:], self.verifies.drafts.tolist(), strict=True)
+        return [*sequences[:others], *(sequence for sequence, draft in repeated for _ in range(1 + draft))]
 
 
 class _Task:
@@ -117,13 +169,22 @@ class Packer:
         self._free.append(row)
 
     def take(self, step: PackedStep, tokens: Ints) -> None:
-        """The tokens [S] of a step have reached the host."""
+        """The tokens [S] of a step have reached the host. Those behind a wrong guess are overwritten before they are
+        read.
+        """
         if len(tokens):
             self._fit_tokens(int(step.positions.max()) + 1)
             self._tokens[step.rows, step.positions] = tokens
 
-    def pack(self, plan: Plan) -> PackedStep:
-        """The arrays of a plan; called once for each plan, in the order in which they were scheduled."""
+    def known_tokens(self, verify: Verify) -> npt.NDArray[np.int32]:
+        """All tokens of a sequence that is about to be verified, to its last one."""
+        return self._tokens[self._tasks[verify.sequence.task.task_id].row, : verify.start + 1]
+
+    def pack(self, plan: Plan, guesses: Ordered[Ints] = ()) -> PackedStep:
+        """The arrays of a plan; called once for each plan, in the order in which they were scheduled.
+
+        `guesses`: for each of its verifications, as many as it has.
+        """
         unclean: list[int] = []
         chunks = [(self._known(chunk.sequence, chunk.start, unclean), chunk) for chunk in plan.chunks]
         decodes = self._next_decodes(plan, unclean)
@@ -132,6 +193,17 @@ class Packer:
         uploads = np.stack((rows[fresh], self._tokens[rows[fresh], starts[fresh]].astype(np.int64)))
         indices, positions = starts[places] + 1 - decodes.prompts, starts[places] + 1
         counts, tokens, sampled = np.ones_like(starts), np.zeros_like(starts), rows[places]
+        verifies = NO_VERIFIES
+        if plan.verifies:
+            assert not plan.decodes, "a plan decodes or verifies"
+            tokens, starts, counts, rows, verifies = self._pack_verifies(plan.verifies, guesses, unclean)
+            samples = 1 + verifies.drafts
+            within = np.arange(samples.sum()) - np.repeat(verifies.sampled, samples)
+            places, indices, positions = (
+                np.repeat(first, samples) + within
+                for first in (verifies.places, verifies.indices, starts[verifies.entries] + 1)
+            )
+            sampled = np.repeat(verifies.rows, samples)
         if chunks:
             lengths = np.array([chunk.tokens for _, chunk in chunks])
             ends = np.cumsum(lengths)
@@ -148,13 +220,19 @@ class Packer:
             sampled = np.concatenate((chunk_rows[yields], sampled))
             positions = np.concatenate((contexts[yields], positions))
             indices = np.concatenate(((contexts - prompts)[yields], indices))
+            verifies = verifies._replace(
+                entries=verifies.entries + len(chunks),
+                places=verifies.places + ends[-1],
+                sampled=verifies.sampled + yields.sum(),
+            )
         self._on_device[sampled] = True
+        self._on_device[verifies.rows] = False
         width = -(-int((starts + counts).max()) // self._block_tokens)
         return PackedStep(
             tokens,
             starts.copy(),
             counts,
-            len(chunks),
+            len(chunks) + int(np.count_nonzero(verifies.drafts)),
             self._blocks[rows, :width],
             decodes.rows,
             uploads,
@@ -164,7 +242,31 @@ class Packer:
             indices,
             positions,
             self.num_rows,
+            verifies,
         )
+
+    def _pack_verifies(
+        self, verifies: list[Verify], guesses: Ordered[Ints], unclean: list[int]
+    ) -> tuple[Ints, Ints, Ints, Ints, PackedVerifies]:
+        """Tokens, starts, counts and rows of sequences that are verified, those with guesses first, and where they are
+        as if the step had no others.
+        """
+        drafts = np.array([len(each) for each in guesses])
+        rows = np.array([self._known(verify.sequence, verify.start, unclean) for verify in verifies])
+        starts = np.array([verify.start for verify in verifies])
+        prompts = np.array([verify.sequence.task.request.prompt_tokens for verify in verifies])
+        order = np.lexsort((starts, drafts == 0))
+        entries = np.empty_like(order)
+        entries[order] = np.arange(len(order))
+        counts = 1 + drafts[order]
+        places = (np.cumsum(counts) - counts)[entries]
+        tokens = np.empty(counts.sum(), dtype=np.int64)
+        tokens[places] = self._tokens[rows, starts]
+        for place, guessed in zip(places.tolist(), guesses, strict=True):
+            tokens[place + 1 : place + 1 + len(guessed)] = guessed
+        sampled = np.cumsum(1 + drafts) - 1 - drafts
+        packed = PackedVerifies(drafts, entries, places, sampled, rows, starts + 1 - prompts)
+        return tokens, starts[order], counts, rows[order], packed
 
     # -- decodes --------------------------------------------------------------------------------------------------
 

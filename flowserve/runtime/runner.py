@@ -46,12 +46,14 @@ class KvHandle(msgspec.Struct, frozen=True):
     """How another process reads this engine's KV cache: a file to map, and the layout of what is in it.
 
     `shape`: (layers, 2, blocks, block_tokens, kv_heads, head_dim), whatever the order in memory, which `layout` says.
+    `draft`: the same of the model that guesses, where one does: its blocks go with those of the same numbers.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     layout: KvLayout
+    draft: "KvHandle | None" = None
 
 
 class StepOutput(NamedTuple):
@@ -59,13 +61,19 @@ class StepOutput(NamedTuple):
 
     For the S sequences of `plan.sampling`, in that order: `tokens` int64 [S, most], of which each has its first
     `counts` [S] (0 where it has failed). `failed`: task id → why it has no usable token; the others are unharmed.
-    `logprobs`: task id → one for each of its tokens, where they were asked for.
+    `logprobs`: task id → one for each of its tokens or more, where they were asked for.
     """
 
     tokens: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     failed: dict[int, str]
     logprobs: dict[int, list[TokenLogprobs]] | None = None
+
+    def accepted(self, plan: Plan) -> dict[int, int]:
+        """By task id the tokens of those that speculate."""
+        first = len(self.counts) - len(plan.verifies)
+        ids = [verify.sequence.task_id for verify in plan.verifies]
+        return dict(zip(ids, self.counts[first:].tolist(), strict=True))
 
 
 class Runner(Protocol):
@@ -89,6 +97,7 @@ class Runner(Protocol):
         """Start computing a plan, behind those launched before it.
 
         Called right after `schedule()`: positions and block tables are read off the sequences now, and not later.
+        A plan with more room for guesses than there are guesses is narrowed to what is computed.
         """
         ...
 

@@ -16,13 +16,14 @@ from cluster import identity
 from cluster.request import Request, Task
 from cluster.vocabulary import TaskKind
 from flowserve import ops
-from flowserve.core.plan import Plan
+from flowserve.core.plan import Plan, Verify
 from flowserve.core.scheduler import EngineConfig, EngineCore
 from flowserve.core.sequence import Sequence
 from flowserve.core.tiers import Move, TierConfig
 from flowserve.models import load_model
 from flowserve.ops.device import open_device
 from flowserve.ops.step import Ints, StepContext
+from flowserve.runtime.draft import Drafter, DraftModel, PromptLookup
 from flowserve.runtime.graphs import DecodeGraphs
 from flowserve.runtime.host_tiers import HostTiers
 from flowserve.runtime.kv_pool import KvPool
@@ -36,11 +37,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class _Launched(NamedTuple):
-    """A plan in flight. `result` waits for it."""
+    """A plan in flight. `result` waits for it, and returns the packed tokens too, guesses among them."""
 
     sequences: list[Sequence]
     step: PackedStep
-    result: Callable[[], Sampled]
+    result: Callable[[], tuple[Tensor, Sampled]]
 
 
 class TorchRunner:
@@ -50,7 +51,8 @@ class TorchRunner:
     Other devices compute by themselves; with plans in flight, a CPU does so on a thread of its own. What it works with
     is its own then: the model, the last token of each task, and how tasks are sampled; a plan's inputs are packed
     before and do not change.
-    Raises ValueError for a model, dtype or device that is not supported.
+    `draft_dir`: the model that guesses, where `engine_config.drafter` is "model".
+    Raises ValueError for a model, dtype or device that is not supported, and for models that do not fit each other.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TorchRunner:
         num_threads: int = 1,
         ssd_folder: str | None = None,
         graph_sizes: tuple[int, ...] = (),
+        draft_dir: str | Path | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -94,7 +97,17 @@ class TorchRunner:
                 f"engine.tiers has {engine_config.tiers.blocks} blocks, but the KV cache on {self._device} is kept in "
                 "a format of its own that is not copied to other tiers: set dram_blocks and ssd_blocks to 0"
             )
-        self._tiers = HostTiers(self.pool.memory, 1, engine_config.tiers, ssd_folder)
+        self._drafter: Drafter | None = None
+        if engine_config.speculative_tokens and engine_config.drafter == "ngram":
+            self._drafter = PromptLookup()
+        elif engine_config.speculative_tokens:
+            if draft_dir is None:
+                raise ValueError("drafter is 'model', but no draft model is named: give its folder, or take 'ngram'")
+            self._drafter = DraftModel(
+                Path(draft_dir), engine_config, self.model.vocab_size, DTYPES[dtype], self._device, self._ops
+            )
+        pools = [self.pool] if self._draft_pool is None else [self.pool, self._draft_pool]
+        self._tiers = [HostTiers(pool.memory, 1, engine_config.tiers, ssd_folder) for pool in pools]
         self.about = self._ops.describe(self._caches)
         self._graphs = None
         if graphs:
@@ -113,6 +126,7 @@ class TorchRunner:
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._sampler = Sampler(self.model.vocab_size, self._device, self._ops)
         self.eos = self.model.eos_token_ids
+        self._own_pace: set[int] = set()  # tasks whose sampling depends on the tokens so far: nobody guesses for them
         self._changes: list[Callable[[], object]] = []  # in the sampler's rows, made when the next step computes
         self._launched: deque[_Launched] = deque()
         self._leaving: deque[tuple[_Launched, int]] = deque()
@@ -134,7 +148,8 @@ class TorchRunner:
                 f"task {task_id} has {len(payload.tokens)} tokens: the model has {self.model.max_position} positions"
             )
         row = self._packer.add(task_id, payload.tokens)
-        prompt = len(payload.tokens) - payload.generated
+        prompt, forced = len(payload.tokens) - payload.generated, payload.forced or ()
+        ends = [token for token in payload.ends(self.eos) if token < self.model.vocab_size]
         self._changes.append(
             partial(
                 self._sampler.add,
@@ -142,13 +157,18 @@ class TorchRunner:
                 payload.sampling,
                 payload.tokens[:prompt],
                 payload.tokens[prompt:],
-                payload.forced or (),
-                [token for token in payload.ends(self.eos) if token < self.model.vocab_size],
+                forced,
+                ends,
             )
         )
+        if payload.sampling.penalises:
+            self._own_pace.add(task_id)
+        if self._drafter is not None:
+            self._changes.append(partial(self._drafter.add, row, payload.sampling, forced, ends))
 
     def remove(self, task_id: int) -> None:
         row = self._packer.remove(task_id)
+        self._own_pace.discard(task_id)
         if row is None:
             return
         if self._launched:
@@ -168,12 +188,14 @@ class TorchRunner:
         self.add(-1, Payload([token] * length, Sampling()))
         while (plan := core.schedule()) is not None:
             self.launch(plan)
-            self.collect()
-            core.complete(plan, ())
+            core.complete(plan, (), self.collect().accepted(plan))
         self.remove(-1)
 
     def launch(self, plan: Plan) -> None:
-        step = self._packer.pack(plan)
+        guesses = [self._guess(verify) for verify in plan.verifies]
+        if guesses:
+            plan.narrow([len(each) for each in guesses])
+        step = self._packer.pack(plan, guesses)
         with torch.inference_mode():
             context = StepContext(
                 self._ops,
@@ -193,26 +215,36 @@ class TorchRunner:
         """Tasks whose logits are not finite or whose positions ran out have failed."""
         launched = self._launched.popleft()
         sequences, step, result = launched
-        sampled = result()
-        tokens, usable = sampled.tokens.numpy(), sampled.finite.numpy()
-        self._packer.take(step, tokens)
+        packed, sampled = result()
+        samples, finite = sampled.tokens.numpy(), sampled.finite.numpy()
+        self._packer.take(step, samples)
+        tokens, counts, usable, positions = samples[:, None], np.ones_like(samples), finite, step.positions
+        if len(step.verifies.drafts):
+            tokens, counts, usable, first = step.verifies.take(packed.numpy(), samples, finite)
+            positions = positions[first]
         failed = {}
         for index in np.flatnonzero(~usable).tolist():
             failed[sequences[index].task_id] = "its logits are not finite numbers"
             self._packer.unclean.update(sequences[index].blocks)
-        for index in np.flatnonzero(usable & (step.positions > self.model.max_position)).tolist():
+        for index in np.flatnonzero(usable & (positions > self.model.max_position)).tolist():
             usable[index] = False
             failed[sequences[index].task_id] = f"the model has only {self.model.max_position} positions"
         while self._leaving and self._leaving[0][0] is launched:
             self._release(self._leaving.popleft()[1])
-        return StepOutput(tokens[:, None], usable.astype(np.int64), failed, _logprobs_of(sequences, sampled.logprobs))
+        logprobs = None if sampled.logprobs is None else _logprobs_of(step.owners(sequences), sampled.logprobs)
+        return StepOutput(tokens, counts * usable, failed, logprobs)
 
     @property
     def kv_handle(self) -> KvHandle | None:
-        return self.pool.handle if self._ops.shares_memory(self._caches) else None
+        if not self._ops.shares_memory(self._caches):
+            return None
+        draft = None if self._draft_pool is None else self._draft_pool.handle
+        return msgspec.structs.replace(self.pool.handle, draft=draft)
 
     def stage(self, blocks: list[int]) -> None:
         self.pool.stage(blocks)
+        if self._draft_pool is not None:
+            self._draft_pool.stage(blocks)
 
     def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
         """Also raises ValueError where the peer's layout is not ours."""
@@ -223,46 +255,73 @@ class TorchRunner:
                 "this device keeps its KV cache in a format of its own, which takes no other's blocks"
             )
         self._packer.unclean.difference_update(blocks)  # overwritten as a whole, with what is clean at its source
+        if self._draft_pool is not None:
+            if source.draft is None:
+                raise ValueError("the peer has no KV cache of a draft model, and we do: give both the same drafter")
+            self._draft_pool.copy_blocks(self._draft_pool.peer(source.draft), source_blocks, blocks)
         return self.pool.copy_blocks(self.pool.peer(source), source_blocks, blocks)
 
     def move(self, move: Move) -> None:
-        self._tiers.move(move)
+        for tiers in self._tiers:
+            tiers.move(move)
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown()
         self._caches = []
-        self._tiers.close()
+        for tiers in self._tiers:
+            tiers.close()
         self.pool.close()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def _release(self, row: int) -> None:
         self._packer.release(row)
         self._changes.append(partial(self._sampler.remove, row))
+        if self._drafter is not None:
+            self._changes.append(partial(self._drafter.remove, row))
+
+    @property
+    def _draft_pool(self) -> KvPool | None:
+        return None if self._drafter is None else self._drafter.pool
+
+    def _guess(self, verify: Verify) -> Ints:
+        """What to verify: nothing where the sampling of a token needs to know all before it, or positions run out."""
+        assert self._drafter is not None
+        most = min(verify.draft, self.model.max_position - 1 - verify.start)
+        if most < 1 or verify.sequence.task_id in self._own_pace:
+            return np.zeros(0, dtype=np.int64)
+        return self._drafter.guess(self._packer.known_tokens(verify), most)
 
     # -- what computes --------------------------------------------------------------------------------------------
 
     def _start(
         self, changes: list[Callable[[], object]], step: PackedStep, context: StepContext
-    ) -> Callable[[], Sampled]:
+    ) -> Callable[[], tuple[Tensor, Sampled]]:
         """Compute a step behind those started before; returns what waits for its result."""
         if self._thread is not None:
             return self._thread.submit(self._compute, changes, step, context).result
         result = self._compute(changes, step, context)
         if self._device.type == "cpu":
             return lambda: result
-        result = result.to_host()
+        packed, sampled = result
+        there = packed.to("cpu", non_blocking=True), sampled.to_host()
         arrived = self._accelerator.event()
         arrived.record()
 
-        def wait() -> Sampled:
+        def wait() -> tuple[Tensor, Sampled]:
             arrived.synchronize()
-            return result
+            return there
 
         return wait
 
     @torch.inference_mode()
-    def _compute(self, changes: list[Callable[[], object]], step: PackedStep, context: StepContext) -> Sampled:
-        """One step. Sampled tokens stay in the table of last tokens, where the next step's decodes find them."""
+    def _compute(
+        self, changes: list[Callable[[], object]], step: PackedStep, context: StepContext
+    ) -> tuple[Tensor, Sampled]:
+        """One step: its packed tokens, and what is sampled. The last of each task stay in a table, where the next
+        step's decodes find them.
+        """
         for change in changes:
             change()
         if len(self._last_tokens) < step.num_rows:
@@ -272,29 +331,33 @@ class TorchRunner:
             rows, values = self._tensor(step.uploads)
             self._last_tokens.index_copy_(0, rows, values)
         if step.unclean:
-            self.pool.tensor[:, :, step.unclean] = 0
+            for pool in (self.pool, self._draft_pool):
+                if pool is not None:
+                    pool.tensor[:, :, step.unclean] = 0
         tokens = self._tensor(step.tokens)
         if len(step.decode_rows):
             tokens[-len(step.decode_rows) :] = self._last_tokens.index_select(0, self._tensor(step.decode_rows))
+        if self._drafter is not None:
+            self._drafter.compute(step, tokens)
         positions = np.minimum(context.positions, self._positions - 1)  # beyond: `collect` refuses the token
         there = self._tensor(positions)
         logits = None if self._graphs is None else self._graphs.run(tokens, there, context, step.sample_places)
         if logits is None:
             logits = self.model(tokens, there, context)
         sampled = self._sampler.sample(logits, step.rows.tolist(), step.indices.tolist())
-        self._last_tokens.index_copy_(0, self._tensor(step.rows), sampled.tokens)
-        return sampled
+        if not len(step.verifies.drafts):  # verified sequences start from tokens on the host, and nobody decodes else
+            self._last_tokens.index_copy_(0, self._tensor(step.rows), sampled.tokens)
+        return tokens, sampled
 
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self._device)
 
 
-def _logprobs_of(sequences: list[Sequence], logprobs: Logprobs | None) -> dict[int, list[TokenLogprobs]] | None:
-    """On the host, by task id."""
-    if logprobs is None:
-        return None
+def _logprobs_of(owners: list[Sequence], logprobs: Logprobs) -> dict[int, list[TokenLogprobs]]:
+    """On the host, by task id; `owners`: of the step's samples."""
     chosen, tokens, values = logprobs.chosen.tolist(), logprobs.tokens.tolist(), logprobs.values.tolist()
-    return {
-        sequences[place].task_id: [TokenLogprobs(chosen[n], list(zip(tokens[n][:top], values[n][:top], strict=True)))]
-        for n, (place, top) in enumerate(zip(logprobs.places, logprobs.tops, strict=True))
-    }
+    found: dict[int, list[TokenLogprobs]] = {}
+    for n, (place, top) in enumerate(zip(logprobs.places, logprobs.tops, strict=True)):
+        each = TokenLogprobs(chosen[n], list(zip(tokens[n][:top], values[n][:top], strict=True)))
+        found.setdefault(owners[place].task_id, []).append(each)
+    return found

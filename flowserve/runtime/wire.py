@@ -29,6 +29,7 @@ class NullDevice(msgspec.Struct, frozen=True, tag=True):
 class TorchDevice(msgspec.Struct, frozen=True, tag=True):
     """A model from a Hugging Face folder on a torch device. `ssd_folder`: where the file of the SSD tier is, None for
     the system's folder for temporary files. `graph_sizes`: decode batches captured as graphs on the device.
+    `draft_dir`: folder of the model that guesses for it.
     """
 
     model_dir: str
@@ -37,6 +38,7 @@ class TorchDevice(msgspec.Struct, frozen=True, tag=True):
     threads: int = 1
     ssd_folder: str | None = None
     graph_sizes: tuple[int, ...] = ()
+    draft_dir: str | None = None
 
 
 class EngineSetup(msgspec.Struct, frozen=True):

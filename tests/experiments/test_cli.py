@@ -105,6 +105,21 @@ def test_a_real_run_on_a_model_of_ones_own(deepflow: Command, tmp_path: Path) ->
     assert folder.name in (said.folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_on_engines_that_speculate(deepflow: Command, tmp_path: Path) -> None:
+    """The summary says how many guesses there were and what share was right: all, of a model for itself."""
+    from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
+
+    folder = make_checkpoint("one-layer", CheckpointShape(num_layers=1), tmp_path)
+    model = ["backend.device=cpu", f"model.folder={folder}", "engine.drafter=model", f"backend.draft_model={folder}"]
+    options = ["fleet.groups.0.executors=1", "trace.limit=8", "engine.speculative_tokens=3", "report=true"]
+    said = deepflow("run", *NULL, *model, *options)
+    assert said.code == 0, said
+    metrics = read_summary(said.folder).metrics
+    assert metrics["finished"] == 8
+    assert metrics["draft_tokens"] > metrics["accepted_tokens"] > 0  # ends cut what was guessed
+    assert metrics["draft_acceptance"] == 1
+
+
 @pytest.mark.parametrize("device", ["null", "'null'", '"null"'])
 def test_null_engines_by_any_spelling(deepflow: Command, device: str) -> None:
     """What a shell or YAML makes of backend.device="null" is always the engine that sleeps."""

@@ -8,6 +8,7 @@ from tests.experiments.conftest import Command
 from tests.experiments.small import ONE_BY_ONE, SIM
 
 NULL_RUN = ("backend=real", "backend.device=null", "model=tiny_llama", "engine=small", "hardware=cpu")
+GUESSING = (*NULL_RUN, "backend.device=cpu", "engine.speculative_tokens=3")
 
 WRONG = {
     "unknown command": (["frobnicate"], "unknown command 'frobnicate': allowed are run, sweep, replay"),
@@ -66,6 +67,15 @@ WRONG = {
     "refused argument": (["run", "dispatch=deepflow", "dispatch.balance_ratio=0"], "balance_ratio is 0"),
     "weights of a large model": (["run", "backend=real"], "model llama3-8b has no weights"),
     "no model folder": (["run", *NULL_RUN, "backend.device=cpu", "model.folder=nowhere"], "model.folder is nowhere"),
+    "guesses below 0": (["run", *NULL_RUN, "engine.speculative_tokens=-1"], "speculative_tokens is -1: allowed are 0"),
+    "guesses that do not fit": (["run", *NULL_RUN, "engine.speculative_tokens=9"], "token_budget 128 is below"),
+    "guesses by nobody": (["run", *NULL_RUN, "engine.drafter=luck"], "engine: Invalid enum value 'luck'"),
+    "guesses by no model": (["run", *GUESSING, "engine.drafter=model"], "backend.draft_model names none"),
+    "draft model missing": (
+        ["run", *GUESSING, "engine.drafter=model", "backend.draft_model=nowhere"],
+        "backend.draft_model is nowhere: there is no config.json",
+    ),
+    "draft model for nothing": (["run", *GUESSING, "backend.draft_model=x"], "is x, but nothing uses it"),
     "negative step": (["run", *NULL_RUN, "backend.step_s=-1"], "backend.step_s is -1"),
     "folder in a file": (["run", *SIM, "out=empty.csv/run"], "empty.csv/run"),
     "config folder missing": (["run", "--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),

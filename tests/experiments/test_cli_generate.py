@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
@@ -33,6 +34,25 @@ def test_an_answer_is_printed(deepflow: Command, folder: Path) -> None:
     cut = deepflow(*call, "--stop", stop)
     assert cut.out == said.out[: said.out.index(stop)] + "\n"
     assert "(stop)" in cut.err
+
+
+def test_speculation_changes_nothing_but_the_speed(deepflow: Command, folder: Path) -> None:
+    """With guesses by prompt lookup, or by the model itself, a seed gives the answer that it gives without."""
+    call = ("generate", str(folder), "sampling=chat", "seed=3", "--prompt", "ab ab ab ab", "--max-tokens", "30")
+    said = deepflow(*call)
+    assert len(said.out) > 30
+    for guesses in (("engine.drafter=ngram",), ("engine.drafter=model", f"backend.draft_model={folder}")):
+        assert deepflow(*call, "engine.speculative_tokens=3", *guesses).out == said.out
+
+
+def test_a_draft_model_of_another_vocabulary(deepflow: Command, folder: Path, tmp_path: Path) -> None:
+    """It is refused before anything starts, with both sizes."""
+    other = make_checkpoint("other", msgspec.structs.replace(SHAPE, vocab_size=300), tmp_path)
+    options = ("engine.speculative_tokens=3", "engine.drafter=model", f"backend.draft_model={other}")
+    said = deepflow("generate", str(folder), *options, "--prompt", "x")
+    assert (said.code, said.out) == (2, "")
+    assert "has a vocabulary of 300 tokens, the model" in said.err
+    assert "of 400" in said.err
 
 
 def test_what_the_engine_cannot_do_is_one_line(deepflow: Command, folder: Path) -> None:

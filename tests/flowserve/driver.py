@@ -1,6 +1,6 @@
 """Drives a runner with the real engine core, as an executor's loop does, and knows what transformers would say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cluster.request import KvSource, Request, Task
 from cluster.vocabulary import TaskKind
 from flowserve import ops
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import NONE, EngineConfig, EngineCore
 from flowserve.core.sequence import Status
 from flowserve.core.tiers import Move
 from flowserve.models import Model
@@ -42,11 +42,12 @@ class Engine:
         dtype: str = "float32",
         device: str = "cpu",
         graph_sizes: tuple[int, ...] = (),
+        draft: Path | None = None,
         **limits: Any,
     ) -> None:
         self.config = EngineConfig(**{"kv_blocks": 128, **limits})
         self.core = EngineCore(self.config)
-        self.runner = TorchRunner(folder, self.config, dtype, device, graph_sizes=graph_sizes)
+        self.runner = TorchRunner(folder, self.config, dtype, device, graph_sizes=graph_sizes, draft_dir=draft)
         self.output: dict[int, list[int]] = {}
         self.failed: dict[int, str] = {}
         self.held: list[int] = []
@@ -89,12 +90,12 @@ class Engine:
         if not self.core.in_flight:
             return None
         oldest = self.core.in_flight[0]
-        self.take(oldest)
-        self.complete(oldest, stop)
+        accepted = self.take(oldest)
+        self.complete(oldest, stop, accepted)
         return oldest
 
-    def take(self, plan: Plan) -> None:
-        """Collect a plan's tokens; tasks that failed are let go of."""
+    def take(self, plan: Plan) -> dict[int, int]:
+        """Collect a plan's tokens; tasks that failed are let go of. Returns how many those that speculate got."""
         output = self.runner.collect()
         rows = zip(plan.sampling, output.tokens.tolist(), output.counts.tolist(), strict=True)
         for sequence, tokens, count in rows:
@@ -104,9 +105,10 @@ class Engine:
             self.core.abort(task_id, keep=False)
             self.runner.remove(task_id)
         self.failed |= output.failed
+        return output.accepted(plan)
 
-    def complete(self, plan: Plan, stop: Sequence[int] = ()) -> None:
-        for sequence, held in self.core.complete(plan, stop).finished:
+    def complete(self, plan: Plan, stop: Sequence[int] = (), accepted: Mapping[int, int] = NONE) -> None:
+        for sequence, held in self.core.complete(plan, stop, accepted).finished:
             if held:
                 self.held.append(sequence.task_id)
             else:

@@ -1,6 +1,7 @@
 """The control plane on real engines of a tiny random Llama: the same tokens, wherever and however they are computed."""
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cluster import events as ev
 from cluster.actions import LaunchExecutor
 from cluster.manager import GroupPlan
+from cluster.metrics import Slo, summarise
 from cluster.request import Answer, Arrival, Request, Trigger
 from flowserve.core.record import read_turns
 from flowserve.core.scheduler import EngineConfig
@@ -17,6 +19,7 @@ from real.cluster import Engine, RealCluster
 from tests.builders import MODEL, chain, disaggregated, make_spec
 from tests.contract.backends import ACTORS, Driver
 from tests.real.engines import COLOCATED, RealRun, Watch, kill_on, run_real, shared_memory
+from tests.real.test_real_metrics import read
 
 SHAPE = CheckpointShape(
     hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=256, max_position=512
@@ -47,13 +50,22 @@ def workload() -> list[Arrival]:
 
 
 def run_torch(
-    model: Path, groups: list[GroupPlan], watch: Watch | None = None, log_dir: Path | None = None, in_flight: int = 1
+    model: Path,
+    groups: list[GroupPlan],
+    watch: Watch | None = None,
+    log_dir: Path | None = None,
+    in_flight: int = 1,
+    drafter: Literal["ngram", "model"] | None = None,
 ) -> RealRun:
+    engine = msgspec.structs.replace(ENGINE, max_in_flight=in_flight)
+    if drafter is not None:
+        engine = msgspec.structs.replace(engine, token_budget=80, speculative_tokens=4, drafter=drafter)
+
     run = run_real(
         workload(),
         groups=groups,
-        engine=msgspec.structs.replace(ENGINE, max_in_flight=in_flight),
-        device=TorchDevice(str(model)),
+        engine=engine,
+        device=TorchDevice(str(model), draft_dir=str(model) if drafter == "model" else None),
         vocab=SHAPE.vocab_size,
         watch=watch,
         log_dir=log_dir,
@@ -103,6 +115,33 @@ def test_disaggregated_engines_give_the_same_tokens(
         assert len(moved.get(task_id, [])) == needed
     assert any(event.cached_tokens for event in decoded.values())
     assert shared_memory() == set()
+
+
+@pytest.mark.parametrize(
+    ("groups", "drafter", "in_flight"),
+    [(COLOCATED, "ngram", 2), (PAIR, "model", 1)],
+    ids=["colocated, prompt lookup", "disaggregated, draft model"],
+)
+def test_engines_that_speculate_give_the_same_tokens(
+    colocated: RealRun,
+    model: Path,
+    tmp_path: Path,
+    groups: list[GroupPlan],
+    drafter: Literal["ngram", "model"],
+    in_flight: int,
+) -> None:
+    """Guessed or not, outputs are the same, ends inside accepted runs included; what was guessed is counted."""
+    run = run_torch(model, groups, log_dir=tmp_path, in_flight=in_flight, drafter=drafter)
+    assert run.outputs == colocated.outputs
+    summary = summarise(run.recorder, Slo())
+    assert 0 < summary["accepted_tokens"] <= summary["draft_tokens"]
+    if drafter == "model":  # it guesses for itself, and its KV cache came with the model's
+        assert summary["draft_acceptance"] == 1
+        verifies = [v for turn in read_turns(tmp_path / "te-1.turns.jsonl") for p in turn.plans for v in p.verifies]
+        assert len(verifies) < 0.3 * sum(len(tokens) for tokens in run.outputs.values())
+    series = read((tmp_path / "metrics.prom").read_text())
+    assert sum(series["spec_decode_num_draft_tokens_total"].values()) == summary["draft_tokens"]
+    assert sum(series["spec_decode_num_accepted_tokens_total"].values()) == summary["accepted_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from statistics import mean
 import pytest
 
 from cluster.acceptance import Acceptance
+from cluster.metrics import Slo, summarise
 from cluster.vocabulary import Outcome
 from flowserve.core.scheduler import EngineConfig
 from sim.latency import Constant
@@ -41,6 +42,9 @@ def test_time_per_output_token_falls_with_acceptance() -> None:
         assert sorted(row["output_tokens"] for row in run.rows.values()) == sorted(lengths)
         expected = sum(rate**n for n in range(4))  # (1 - rate^4) / (1 - rate)
         assert tpot(run) == pytest.approx(tpot(plain) / expected, rel=0.05)
+        summary = summarise(run.recorder, Slo())
+        assert summary["draft_acceptance"] == pytest.approx(rate, abs=0.02)
+        assert summary["accepted_tokens"] <= summary["draft_tokens"]
         times.append(tpot(run))
     assert times[0] > 1.5 * times[1] > 2 * times[2]
 
