@@ -124,6 +124,7 @@ class RealSettings(msgspec.Struct, frozen=True):
     threads: int
     ssd_folder: str | None
     graph_sizes: list[int]
+    memory_share: float | None
     pin: bool
     record: bool
     metrics_port: int | None
@@ -420,6 +421,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
             backend.ssd_folder,
             tuple(backend.graph_sizes),
             draft_model(cfg),
+            backend.memory_share,
         )
     engines = {group.spec: Engine(engine_config(cfg, group.spec), device) for group in groups(cfg)}
     logs = None

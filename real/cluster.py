@@ -409,7 +409,7 @@ class RealCluster(Cluster):
                 occurred=now,
                 executor=name,
                 spec=executor.spec,
-                kv_blocks=limits.kv_blocks,
+                kv_blocks=message.kv_blocks,
                 block_tokens=limits.block_tokens,
                 max_sequences=limits.max_sequences,
             )

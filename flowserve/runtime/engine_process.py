@@ -229,6 +229,7 @@ def make_runner(setup: wire.EngineSetup) -> tuple[Callable[[], Runner], Callable
             device.ssd_folder,
             device.graph_sizes,
             device.draft_dir,
+            device.memory_share,
         )
 
     return torch_runner, torch_imports
@@ -254,6 +255,9 @@ def start_up(
     at = stage_done(Stage.TE_PRE_LOAD, born_ns)
     runner = make()
     at = stage_done(Stage.TE_LOAD, at)
+    if runner.kv_blocks is not None:
+        engine = msgspec.structs.replace(setup.engine, kv_blocks=runner.kv_blocks)
+        setup = msgspec.structs.replace(setup, engine=engine)
     record = None if setup.record is None else open(setup.record, "wb")  # noqa: SIM115 (closed below)
     mover: Mover | None = None
     try:
@@ -264,7 +268,7 @@ def start_up(
             setup, socket, runner, mover, record, log, measured(runner, setup.engine) if by_cost else None
         )
         stage_done(Stage.TE_POST_LOAD, at)
-        socket.send(wire.encode(wire.Ready(now(), runner.kv_handle)))
+        socket.send(wire.encode(wire.Ready(now(), setup.engine.kv_blocks, runner.kv_handle)))
         spec, built = msgspec.to_builtins(setup.spec), msgspec.to_builtins(setup.engine)
         log.info("ready", extra={"spec": spec, "engine": built, "runner": runner.about})
         yield loop

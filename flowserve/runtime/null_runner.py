@@ -46,6 +46,7 @@ class NullRunner:
     """Stands in for a device where the model is not the point: one step after the other, each as long as it is told."""
 
     about = "no model: steps sleep, tokens are a hash of the prompt"
+    kv_blocks: int | None = None
 
     def __init__(self, device: NullDevice) -> None:
         self._device = device

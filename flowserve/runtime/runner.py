@@ -77,9 +77,12 @@ class StepOutput(NamedTuple):
 
 
 class Runner(Protocol):
-    """Runs the plans of one engine. Calls come from one thread. `about`: a line for the log on how it computes."""
+    """Runs the plans of one engine. Calls come from one thread. `about`: a line for the log on how it computes.
+    `kv_blocks`: of the KV cache, where it measured how many fit; None: as many as it was told.
+    """
 
     about: str
+    kv_blocks: int | None
 
     def add(self, task_id: int, payload: Payload) -> None:
         """A task that plans may name from now on. Raises ValueError where its tokens are not the model's."""

@@ -31,6 +31,7 @@ from flowserve.runtime.packing import PackedStep, Packer
 from flowserve.runtime.runner import KvHandle, Payload, StepOutput, TokenLogprobs
 from flowserve.runtime.sampler import Logprobs, Sampled, Sampler
 from flowserve.runtime.sampling import Sampling
+from flowserve.runtime.sizing import blocks_that_fit
 
 WARM_UP_TOKENS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +66,7 @@ class TorchRunner:
         ssd_folder: str | None = None,
         graph_sizes: tuple[int, ...] = (),
         draft_dir: str | Path | None = None,
+        memory_share: float | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -73,55 +75,11 @@ class TorchRunner:
         self._accelerator = open_device(device)
         self._accelerator.set()
         self._device = self._accelerator.device
-        self._config = engine_config
+        self._dtype = DTYPES[dtype]
         self._block_tokens = engine_config.block_tokens
-        self.model = load_model(Path(model_dir), DTYPES[dtype], self._device)
+        self._ssd_folder, self._draft_dir = ssd_folder, draft_dir
+        self.model = load_model(Path(model_dir), self._dtype, self._device)
         self.model.pack(self._ops)
-        self._positions = min(engine_config.kv_blocks * engine_config.block_tokens, self.model.max_position)
-        self.model.set_positions(self._positions)
-        graphs = bool(graph_sizes) and self._device.type != "cpu"
-        self.pool = KvPool(
-            self.model.num_layers,
-            engine_config.kv_blocks + graphs,
-            engine_config.block_tokens,
-            self.model.num_kv_heads,
-            self.model.head_dim,
-            DTYPES[dtype],
-            engine_config.kv_layout,
-            self._device,
-            self._ops.KV_ALIGNMENT_BYTES,
-        )
-        self._caches = self._ops.layer_caches(self.pool.tensor)
-        if engine_config.tiers.blocks and not self._ops.shares_memory(self._caches):
-            raise ValueError(
-                f"engine.tiers has {engine_config.tiers.blocks} blocks, but the KV cache on {self._device} is kept in "
-                "a format of its own that is not copied to other tiers: set dram_blocks and ssd_blocks to 0"
-            )
-        self._drafter: Drafter | None = None
-        if engine_config.speculative_tokens and engine_config.drafter == "ngram":
-            self._drafter = PromptLookup()
-        elif engine_config.speculative_tokens:
-            if draft_dir is None:
-                raise ValueError("drafter is 'model', but no draft model is named: give its folder, or take 'ngram'")
-            self._drafter = DraftModel(
-                Path(draft_dir), engine_config, self.model.vocab_size, DTYPES[dtype], self._device, self._ops
-            )
-        pools = [self.pool] if self._draft_pool is None else [self.pool, self._draft_pool]
-        self._tiers = [HostTiers(pool.memory, 1, engine_config.tiers, ssd_folder) for pool in pools]
-        self.about = self._ops.describe(self._caches)
-        self._graphs = None
-        if graphs:
-            self._graphs = DecodeGraphs(
-                self._accelerator,
-                self._ops,
-                self._caches,
-                self.model,
-                graph_sizes,
-                self._positions,
-                engine_config.block_tokens,
-                dummy_block=engine_config.kv_blocks,
-            )
-            self.about += f"; decodes of up to {self._graphs.sizes[-1]} by graphs of {self._graphs.sizes}"
         self._packer = Packer(engine_config.block_tokens)
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._sampler = Sampler(self.model.vocab_size, self._device, self._ops)
@@ -133,6 +91,74 @@ class TorchRunner:
         self._thread: ThreadPoolExecutor | None = None
         if engine_config.max_in_flight > 1 and self._device.type == "cpu":
             self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (num_threads,))
+        self.kv_blocks: int | None = None
+        if memory_share is not None:
+            self.kv_blocks = self._measure_blocks(engine_config, memory_share)
+            engine_config = msgspec.structs.replace(engine_config, kv_blocks=self.kv_blocks)
+        self._allocate(engine_config, () if self._device.type == "cpu" else graph_sizes)
+
+    def _allocate(self, config: EngineConfig, graph_sizes: tuple[int, ...] = ()) -> None:
+        """KV cache, its tiers, and what depends on their size. Graphs take one block more, for padding."""
+        self._config = config
+        self._positions = min(config.kv_blocks * config.block_tokens, self.model.max_position)
+        self.model.set_positions(self._positions)
+        self.pool = KvPool(
+            self.model.num_layers,
+            config.kv_blocks + bool(graph_sizes),
+            config.block_tokens,
+            self.model.num_kv_heads,
+            self.model.head_dim,
+            self._dtype,
+            config.kv_layout,
+            self._device,
+            self._ops.KV_ALIGNMENT_BYTES,
+        )
+        self._caches = self._ops.layer_caches(self.pool.tensor)
+        if config.tiers.blocks and not self._ops.shares_memory(self._caches):
+            raise ValueError(
+                f"engine.tiers has {config.tiers.blocks} blocks, but the KV cache on {self._device} is kept in "
+                "a format of its own that is not copied to other tiers: set dram_blocks and ssd_blocks to 0"
+            )
+        self._drafter = self._make_drafter(config)
+        pools = [self.pool] if self._draft_pool is None else [self.pool, self._draft_pool]
+        self._tiers = [HostTiers(pool.memory, 1, config.tiers, self._ssd_folder) for pool in pools]
+        self.about = self._ops.describe(self._caches)
+        self._graphs: DecodeGraphs | None = None
+        if graph_sizes:
+            self._graphs = DecodeGraphs(
+                self._accelerator,
+                self._ops,
+                self._caches,
+                self.model,
+                graph_sizes,
+                self._positions,
+                config.block_tokens,
+                dummy_block=config.kv_blocks,
+            )
+            self.about += f"; decodes of up to {self._graphs.sizes[-1]} by graphs of {self._graphs.sizes}"
+
+    def _make_drafter(self, config: EngineConfig) -> Drafter | None:
+        if not config.speculative_tokens:
+            return None
+        if config.drafter == "ngram":
+            return PromptLookup()
+        if self._draft_dir is None:
+            raise ValueError("drafter is 'model', but no draft model is named: give its folder, or take 'ngram'")
+        return DraftModel(Path(self._draft_dir), config, self.model.vocab_size, self._dtype, self._device, self._ops)
+
+    def _measure_blocks(self, config: EngineConfig, share: float) -> int:
+        """How many blocks fit beside a step of the whole token budget, which is run to see."""
+        tokens = min(config.token_budget, self.model.max_position - 1)
+        blocks = -(-(tokens + 1) // config.block_tokens)
+        self._allocate(msgspec.structs.replace(config, kv_blocks=blocks, tiers=TierConfig(), preemption="recompute"))
+        self._serve_one(tokens, 1)
+        self._accelerator.synchronize()
+        peak, pools = self._accelerator.peak(), [self.pool, *([self._draft_pool] if self._draft_pool else [])]
+        pool_bytes = sum(pool.memory.numel() for pool in pools) * self._dtype.itemsize
+        self._free()
+        self._accelerator.empty_cache()
+        memory, allocated = self._accelerator.memory(), self._accelerator.allocated()
+        return blocks_that_fit(memory, allocated, peak - pool_bytes, pool_bytes // blocks, share)
 
     def add(self, task_id: int, payload: Payload) -> None:
         """Raises ValueError for tokens that are not in the model's vocabulary, and for more than it has positions."""
@@ -178,14 +204,15 @@ class TorchRunner:
 
     def warm_up(self) -> None:
         """A prompt and a few tokens through an engine core of their own; their blocks are overwritten before use."""
-        core = EngineCore(msgspec.structs.replace(self._config, tiers=TierConfig(), preemption="recompute"))
-        token = max(0, self.model.vocab_size - 1)
         length = min(64, self._positions - WARM_UP_TOKENS, self._config.kv_blocks * self._block_tokens - WARM_UP_TOKENS)
-        if length < 1:
-            return
-        task = Task(-1, Request(-1, length, WARM_UP_TOKENS, ""), TaskKind.SERVE)
-        core.add(task, identity.unique(0))
-        self.add(-1, Payload([token] * length, Sampling()))
+        if length >= 1:
+            self._serve_one(length, WARM_UP_TOKENS)
+
+    def _serve_one(self, prompt: int, output: int) -> None:
+        """A request of that many tokens, from its prompt to its last token."""
+        core = EngineCore(msgspec.structs.replace(self._config, tiers=TierConfig(), preemption="recompute"))
+        core.add(Task(-1, Request(-1, prompt, output, ""), TaskKind.SERVE), identity.unique(0))
+        self.add(-1, Payload([max(0, self.model.vocab_size - 1)] * prompt, Sampling()))
         while (plan := core.schedule()) is not None:
             self.launch(plan)
             core.complete(plan, (), self.collect().accepted(plan))
@@ -268,6 +295,10 @@ class TorchRunner:
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown()
+        self._free()
+
+    def _free(self) -> None:
+        """Give back what `_allocate` took."""
         self._caches = []
         for tiers in self._tiers:
             tiers.close()

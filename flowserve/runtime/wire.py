@@ -29,7 +29,8 @@ class NullDevice(msgspec.Struct, frozen=True, tag=True):
 class TorchDevice(msgspec.Struct, frozen=True, tag=True):
     """A model from a Hugging Face folder on a torch device. `ssd_folder`: where the file of the SSD tier is, None for
     the system's folder for temporary files. `graph_sizes`: decode batches captured as graphs on the device.
-    `draft_dir`: folder of the model that guesses for it.
+    `draft_dir`: folder of the model that guesses for it. `memory_share`: of the device's memory the engine may take so
+    much, and measures how many KV cache blocks that leaves; None: as many as the engine's limits say.
     """
 
     model_dir: str
@@ -39,6 +40,7 @@ class TorchDevice(msgspec.Struct, frozen=True, tag=True):
     ssd_folder: str | None = None
     graph_sizes: tuple[int, ...] = ()
     draft_dir: str | None = None
+    memory_share: float | None = None
 
 
 class EngineSetup(msgspec.Struct, frozen=True):
@@ -82,9 +84,10 @@ class StageDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine serves. `handle`: where peers read its KV cache."""
+    """The engine serves. `handle`: where peers read its KV cache, of `kv_blocks` blocks."""
 
     at_ns: int
+    kv_blocks: int
     handle: KvHandle | None
 
 
