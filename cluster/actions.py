@@ -57,8 +57,9 @@ class EndRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReportDemand(msgspec.Struct, frozen=True, tag=True):
-    """Tell the cluster manager how many requests wait for an executor: `DemandReported`."""
+    """Tell the cluster manager how many requests wait at this job executor for an executor: `DemandReported`."""
 
+    job_executor: str
     model: str
     parked: int
 

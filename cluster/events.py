@@ -165,8 +165,9 @@ class LoadReport(EventBase, frozen=True, tag=True, kw_only=True):
 
 
 class DemandReported(EventBase, frozen=True, tag=True, kw_only=True):
-    """A job executor tells the cluster manager how many requests wait for any executor of a model and entry role."""
+    """A job executor tells the cluster manager how many of its requests wait for any executor of a model."""
 
+    job_executor: str
     model: str
     parked: int
 

@@ -249,7 +249,7 @@ class JobExecutor:
             actions += self._place(job, event.time)
         # One report of what still waits, not one for each job that was parked again.
         actions = [action for action in actions if not isinstance(action, ReportDemand)]
-        return [*actions, ReportDemand(model, self._demand[model])] if waiting else actions
+        return [*actions, ReportDemand(self.name, model, self._demand[model])] if waiting else actions
 
     def _give_up(self, event: ev.NoCapacity) -> list[Action]:
         self._no_capacity[event.model] = event.reason
@@ -258,12 +258,12 @@ class JobExecutor:
             del self._parked[job.request.request_id]
             actions += [*self._release(job), *self._end(job, Outcome.FAILED, event.reason)]
             self._demand[event.model] -= 1
-        return [*actions, ReportDemand(event.model, self._demand[event.model])] if actions else []
+        return [*actions, ReportDemand(self.name, event.model, self._demand[event.model])] if actions else []
 
     def _demand_changed(self, job: Job, change: int) -> ReportDemand:
         model = job.request.model
         self._demand[model] = self._demand.get(model, 0) + change
-        return ReportDemand(model, self._demand[model])
+        return ReportDemand(self.name, model, self._demand[model])
 
     def _lose_executor(self, executor: str) -> None:
         if self.fleet.remove(executor):

@@ -80,7 +80,7 @@ class ClusterManager:
         self._launched = 0
         self._opened = False
         self._failures = [0] * len(groups)
-        self._parked: dict[str, int] = {}
+        self._parked: dict[str, dict[str, int]] = {}  # model, job executor
         self._reasons: dict[str, str] = {}
 
     def on_event(self, event: ev.Event) -> list[Action]:
@@ -100,7 +100,7 @@ class ClusterManager:
                     self._executors[event.executor].report = event
                 return []
             case ev.DemandReported():
-                self._parked[event.model] = event.parked
+                self._parked.setdefault(event.model, {})[event.job_executor] = event.parked
                 return [*self._scale(event.time), *self._give_up(event.model)] if event.parked else []
             case ev.ExecutorDrained():
                 return [RetireExecutor(event.executor)] if event.executor in self._executors else []
@@ -231,7 +231,7 @@ class ClusterManager:
             kv_used=sum(report.total_blocks - report.free_blocks for report in reports),
             kv_total=sum(executor.kv_blocks for executor in ready),
             max_sequences=sum(executor.max_sequences for executor in ready),
-            parked=self._parked.get(group.spec.model, 0),
+            parked=sum(self._parked.get(group.spec.model, {}).values()),
         )
 
     def _group_number(self, spec: ExecutorSpec) -> int:

@@ -31,7 +31,14 @@ def relayed(action: Action, now: int) -> ev.Event | None:
                 reason=action.reason,
             )
         case ReportDemand():
-            return ev.DemandReported(to="cm", time=now, occurred=now, model=action.model, parked=action.parked)
+            return ev.DemandReported(
+                to="cm",
+                time=now,
+                occurred=now,
+                job_executor=action.job_executor,
+                model=action.model,
+                parked=action.parked,
+            )
         case AnnounceExecutor():
             return ev.ExecutorAnnounced(
                 to=action.job_executor,

@@ -68,7 +68,7 @@ def test_messages_between_actors(driver: Driver) -> None:
     driver.submit(
         SubmitRequest("je", request, Answer(3)),
         CancelRequest("je", 7),
-        ReportDemand(MODEL, 4),
+        ReportDemand("je-0", MODEL, 4),
         AnnounceExecutor("je", "te-9", spec, ExecutorState.DRAINING, 100, 8),
         DeclareNoCapacity("je", MODEL, "why"),
         OpenDoors(),
@@ -106,7 +106,7 @@ def test_an_ended_run_has_no_events(driver: Driver) -> None:
     driver.launch("te-0")
     driver.dispatch("te-0", driver.open(0, output=5000), 0)
     driver.wait(ev.FirstToken)
-    driver.submit(SetTimer("je", "too late", 0), EndRun(), ReportDemand(MODEL, 1))
+    driver.submit(SetTimer("je", "too late", 0), EndRun(), ReportDemand("je-0", MODEL, 1))
     assert [driver.cluster.next_event() for _ in range(3)] == [None] * 3
 
 

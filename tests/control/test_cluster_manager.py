@@ -95,8 +95,9 @@ class Office:
         self.now += round(seconds * NS_PER_S)
         return self.hear(ev.TimerFired(to="cm", time=self.now, occurred=self.now, name="scale"))
 
-    def demand(self, parked: int, model: str = MODEL) -> list[Action]:
-        return self.hear(ev.DemandReported(to="cm", time=self.now, occurred=self.now, model=model, parked=parked))
+    def demand(self, parked: int, model: str = MODEL, job_executor: str = "je-0") -> list[Action]:
+        at = {"to": "cm", "time": self.now, "occurred": self.now}
+        return self.hear(ev.DemandReported(**at, job_executor=job_executor, model=model, parked=parked))
 
     def launched(self) -> list[str]:
         return [action.executor for action in self.last if isinstance(action, LaunchExecutor)]
@@ -264,6 +265,17 @@ def test_the_policy_sees_the_latest_reports() -> None:
         max_sequences=16,
         parked=4,
     )
+
+
+def test_demand_adds_up_over_job_executors() -> None:
+    """What one job executor says replaces what it said before, and nobody else's word."""
+    wish = Wish(1)
+    office = Office(wish, initial=1)
+    office.demand(4, job_executor="je-0")
+    office.demand(3, job_executor="je-1")
+    assert wish.shown[-1].parked == 7
+    office.demand(1, job_executor="je-0")
+    assert wish.shown[-1].parked == 4
 
 
 def test_demand_is_acted_on_at_once() -> None:

@@ -51,7 +51,7 @@ EVENTS: list[Event] = [
     ),
     ev.NoCapacity(**AT, model=MODEL, reason="no NPUs"),
     load_report("te-1", 5, waiting=2, running=1, free=30),
-    ev.DemandReported(**AT, model=MODEL, parked=4),
+    ev.DemandReported(**AT, job_executor="je-0", model=MODEL, parked=4),
     ev.ExecutorDrained(**AT, executor="te-1"),
     ev.RoleSwitched(**AT, executor="te-1", spec=make_spec(Role.DECODE)),
     ev.ExecutorRetired(**AT, executor="te-1"),
@@ -73,7 +73,7 @@ RELAYED: list[tuple[Action, Event]] = [
             to="client", time=LATE, occurred=LATE, request_id=3, outcome=Outcome.FAILED, generated=4, reason="lost"
         ),
     ),
-    (act.ReportDemand(MODEL, 6), ev.DemandReported(to="cm", time=LATE, occurred=LATE, model=MODEL, parked=6)),
+    (act.ReportDemand("je-0", MODEL, 6), ev.DemandReported(to="cm", time=LATE, occurred=LATE, job_executor="je-0", model=MODEL, parked=6)),
     (
         act.AnnounceExecutor("je-1", "te-1", make_spec(Role.PREFILL), ExecutorState.GONE, 9, 8),
         ev.ExecutorAnnounced(

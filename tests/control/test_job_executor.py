@@ -366,7 +366,7 @@ def test_cancel_while_it_waits() -> None:
     """A parked request ends at once, and the demand falls."""
     desk = Desk()
     desk.request()
-    assert desk.cancel() == [ended(Outcome.CANCELLED, 0), ReportDemand(MODEL, 0)]
+    assert desk.cancel() == [ended(Outcome.CANCELLED, 0), ReportDemand("je-0", MODEL, 0)]
     assert desk.announce("te-0") == []
 
 
@@ -389,8 +389,8 @@ def test_cancel_between_prefill_and_decode() -> None:
     desk = Desk(("p0", Role.PREFILL))
     desk.request()
     desk.finished(desk.dispatched, 1, stopped=False)
-    assert desk.last == [ReportDemand(MODEL, 1)]
-    assert desk.cancel() == [AbortTask("p0", 0), ended(Outcome.CANCELLED, 1), ReportDemand(MODEL, 0)]
+    assert desk.last == [ReportDemand("je-0", MODEL, 1)]
+    assert desk.cancel() == [AbortTask("p0", 0), ended(Outcome.CANCELLED, 1), ReportDemand("je-0", MODEL, 0)]
 
 
 def test_cancel_while_it_decodes() -> None:
@@ -420,11 +420,11 @@ def test_parked_requests_go_out_when_an_executor_appears() -> None:
     """In order of arrival, all at once, with one word on what still waits."""
     desk = Desk()
     for number in range(3):
-        assert desk.request(number) == [ReportDemand(MODEL, number + 1)]
+        assert desk.request(number) == [ReportDemand("je-0", MODEL, number + 1)]
     desk.announce("te-0")
     tasks = [action.task.request.request_id for action in desk.last if isinstance(action, DispatchTask)]
     assert tasks == [0, 1, 2]
-    assert desk.last[3:] == [ReportDemand(MODEL, 0)]
+    assert desk.last[3:] == [ReportDemand("je-0", MODEL, 0)]
     assert desk.announce("te-1") == []
 
 
@@ -433,7 +433,7 @@ def test_a_decode_task_waits_for_a_decode_executor() -> None:
     desk = Desk(("p0", Role.PREFILL))
     desk.request()
     desk.finished(desk.dispatched, 1, stopped=False)
-    assert desk.announce("te-0") == [ReportDemand(MODEL, 1)]
+    assert desk.announce("te-0") == [ReportDemand("je-0", MODEL, 1)]
     desk.announce("d0", Role.DECODE)
     assert desk.dispatched.task.kv == KvSource("p0", 0)
 
@@ -445,7 +445,7 @@ def test_models_wait_apart() -> None:
     desk.request(1, "b")
     desk.hear(announced("te-0", model="b"))
     assert desk.dispatched.task.request.request_id == 1
-    assert desk.last[1:] == [ReportDemand("b", 0)]
+    assert desk.last[1:] == [ReportDemand("je-0", "b", 0)]
 
 
 def test_too_many_waiting_are_refused() -> None:
@@ -456,7 +456,7 @@ def test_too_many_waiting_are_refused() -> None:
     reason = "no executor is ready and 2 requests wait already (max_parked)"
     assert desk.request(2) == [ended(Outcome.REFUSED, 0, reason, 2)]
     desk.cancel(0)
-    assert desk.request(3) == [ReportDemand(MODEL, 2)]
+    assert desk.request(3) == [ReportDemand("je-0", MODEL, 2)]
     never = Desk(max_parked=0)
     never.request()
     assert [end.outcome for end in never.ends] == [Outcome.REFUSED]
@@ -480,7 +480,7 @@ def test_no_capacity_fails_what_waits_and_what_comes() -> None:
     assert desk.last == [
         ended(Outcome.FAILED, 0, "no NPUs", 0),
         ended(Outcome.FAILED, 0, "no NPUs", 2),
-        ReportDemand(MODEL, 0),
+        ReportDemand("je-0", MODEL, 0),
     ]
     assert desk.request(3) == [ended(Outcome.FAILED, 0, "no NPUs", 3)]
     assert desk.je.open_jobs == 1
@@ -489,7 +489,7 @@ def test_no_capacity_fails_what_waits_and_what_comes() -> None:
     desk.request(4)
     assert desk.dispatched.executor == "te-0"
     desk.announce("te-0", state=ExecutorState.DRAINING)
-    assert desk.request(5) == [ReportDemand(MODEL, 1)]
+    assert desk.request(5) == [ReportDemand("je-0", MODEL, 1)]
 
 
 def test_no_capacity_lets_go_of_held_cache() -> None:
@@ -505,7 +505,7 @@ def test_a_retry_may_have_to_wait() -> None:
     """The last executor is lost: its tasks are parked with their tokens and go on when another appears."""
     desk = Desk(("te-0", Role.COLOCATED))
     desk.request()
-    assert desk.failed(desk.dispatched, FailureReason.EXECUTOR_LOST, 5) == [ReportDemand(MODEL, 1)]
+    assert desk.failed(desk.dispatched, FailureReason.EXECUTOR_LOST, 5) == [ReportDemand("je-0", MODEL, 1)]
     desk.announce("te-1")
     assert (desk.dispatched.executor, desk.dispatched.task.generated) == ("te-1", 5)
 
@@ -528,10 +528,10 @@ def test_a_policy_that_does_nothing_lets_requests_wait() -> None:
     je = JobExecutor("je-0", 0, Stubborn(None))
     request = make_request(0)
     arrived = ev.RequestArrived(to="je-0", time=0, occurred=0, request=request)
-    assert je.on_event(arrived) == [ReportDemand(MODEL, 1)]
-    assert je.on_event(announced("te-0")) == [ReportDemand(MODEL, 1)]
+    assert je.on_event(arrived) == [ReportDemand("je-0", MODEL, 1)]
+    assert je.on_event(announced("te-0")) == [ReportDemand("je-0", MODEL, 1)]
     cancel = ev.CancelRequested(to="je-0", time=0, occurred=0, request_id=0)
-    assert je.on_event(cancel) == [EndRequest(0, Outcome.CANCELLED, 0), ReportDemand(MODEL, 0)]
+    assert je.on_event(cancel) == [EndRequest(0, Outcome.CANCELLED, 0), ReportDemand("je-0", MODEL, 0)]
 
 
 @pytest.mark.parametrize("state", [None, ExecutorState.DRAINING, ExecutorState.GONE])
