@@ -73,7 +73,10 @@ RELAYED: list[tuple[Action, Event]] = [
             to="client", time=LATE, occurred=LATE, request_id=3, outcome=Outcome.FAILED, generated=4, reason="lost"
         ),
     ),
-    (act.ReportDemand("je-0", MODEL, 6), ev.DemandReported(to="cm", time=LATE, occurred=LATE, job_executor="je-0", model=MODEL, parked=6)),
+    (
+        act.ReportDemand("je-0", MODEL, 6),
+        ev.DemandReported(to="cm", time=LATE, occurred=LATE, job_executor="je-0", model=MODEL, parked=6),
+    ),
     (
         act.AnnounceExecutor("je-1", "te-1", make_spec(Role.PREFILL), ExecutorState.GONE, 9, 8),
         ev.ExecutorAnnounced(
