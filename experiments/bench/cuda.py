@@ -1,8 +1,9 @@
 """FlowServe on one CUDA device against what the device can do: Llama-3-8B's shape, random weights, bfloat16.
 
-Decoding is compared with reading weights and KV cache once at the rate of a copy and a triad measured here, a long
-prompt with the rate of a large matrix product measured here, mixed requests with transformers' continuous batching. The
-steps of the mixed requests become a latency profile for the simulator, `experiments/data/profiles/MODEL-DEVICE/`.
+Decode steps are CUDA graphs. They are compared with reading weights and KV cache once at the rate of a copy and a triad
+measured here, a long prompt with the rate of a large matrix product measured here, mixed requests with transformers'
+continuous batching. The steps of the mixed requests become a latency profile for the simulator,
+`experiments/data/profiles/MODEL-DEVICE/`.
 `deepflow bench cuda device=cpu model=tiny_llama dtype=float32 prompt=256 requests=8 matrix=512 megabytes=64` tries the
 program where there is no such device; those numbers say nothing.
 """
@@ -33,6 +34,8 @@ from sim.model_shape import ModelShape
 BLOCK_TOKENS = 256
 BATCHES = (1, 32)
 DECODED = 64
+GRAPHS = (1, 2, 4, 8, 16, 32, 48, 64)
+"""Decode batches captured as CUDA graphs."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -83,7 +86,7 @@ def run(options: Options) -> list[Row]:
         prefix_cache=False,
     )
     start = time.perf_counter()
-    engine = FlowServe(folder, config, options.dtype, options.device, options.threads)
+    engine = FlowServe(folder, config, options.dtype, options.device, options.threads, GRAPHS)
     loading_s = time.perf_counter() - start
     rows = [_decode(engine, shape, batch, options, bandwidth) for batch in BATCHES]
     rows.append(_prefill(engine, shape, options, matrix_rate))

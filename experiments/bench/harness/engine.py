@@ -27,10 +27,16 @@ class FlowServe:
     """Keeps its KV cache, and with it the prefix cache, from one `serve` to the next. `steps`: shape and ns of each."""
 
     def __init__(
-        self, folder: Path, config: EngineConfig, dtype: str = "float32", device: str = "cpu", threads: int = 1
+        self,
+        folder: Path,
+        config: EngineConfig,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int = 1,
+        graph_sizes: tuple[int, ...] = (),
     ) -> None:
         self.core = EngineCore(config)
-        self.runner = TorchRunner(folder, config, dtype, device, threads)
+        self.runner = TorchRunner(folder, config, dtype, device, threads, graph_sizes=graph_sizes)
         self.runner.warm_up()
         self.steps: list[tuple[StepShape, int]] = []
         self._tasks = 0
