@@ -26,3 +26,11 @@ class LatencyModel(Protocol):
     def step_ns(self, shape: StepShape) -> int:
         """Duration of one step, from scheduling it to having its tokens, in integer nanoseconds (at least 1)."""
         ...
+
+    def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
+        """Durations of `steps` steps on end in which `sequences` decode, the first with `context` tokens in all.
+
+        By definition what `step_ns` says of each, one by one; a model overrides it where it can say so faster.
+        """
+        contexts = range(context, context + steps * sequences, sequences)
+        return [self.step_ns(StepShape(0, 0, 0, sequences, context)) for context in contexts]

@@ -117,8 +117,11 @@ class Recorder:
 
     def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
         """Note what an event says. `client` knows when its requests were due."""
-        self.end_ns = max(self.end_ns, event.time)
+        if event.time > self.end_ns:
+            self.end_ns = event.time
         match event:
+            case ev.TimerFired() | ev.TaskProgress():
+                pass
             case ev.RequestArrived():
                 request = event.request
                 self._live[request.request_id] = _Live(event.occurred, request.prompt_tokens)

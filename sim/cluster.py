@@ -53,6 +53,8 @@ from flowserve.core.transfer import contiguous_runs
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
 
+NEVER = float("inf")
+
 
 class Delays(msgspec.Struct, frozen=True):
     """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor."""
@@ -166,12 +168,14 @@ class SimCluster(Cluster):
         if self._ended:
             return None
         # All that happens at one time happens before anyone reacts to it.
-        while not self._events or env.peek() == env.now:
-            if env.peek() == float("inf"):
-                raise RuntimeError(f"nothing can happen any more at {env.now} ns, yet the run has not ended")
+        events, now = self._events, env.now
+        while (following := env.peek()) == now or not events:
+            if following == NEVER:
+                raise RuntimeError(f"nothing can happen any more at {now} ns, yet the run has not ended")
             env.step()
-        event = self._events.popleft()
-        return event if event.time == env.now else msgspec.structs.replace(event, time=env.now)
+            now = following
+        event = events.popleft()
+        return event if event.time == now else msgspec.structs.replace(event, time=int(now))
 
     def close(self) -> None:
         self.executors.clear()
@@ -185,31 +189,35 @@ class SimCluster(Cluster):
     # -- actions --------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
-        match action:
-            case DispatchTask():
-                self._dispatch(action)
-            case SetTimer():
-                self._at(max(0, action.at_ns - self.now()), lambda: self._timer(action))
-            case AbortTask():
-                self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
-            case LaunchExecutor():
-                self._launching.add(action.executor)
-                self.env.process(self._launch(action))
-            case DrainExecutor():
-                self._send(action.executor, Drain(), self._dispatch_ns)
-            case SwitchRole():
-                self._send(action.executor, messages.SwitchRole(action.role), self._dispatch_ns)
-            case ReleaseKvContext():
-                self._send(action.executor, ReleaseContext(action.context), self._dispatch_ns)
-            case RetireExecutor():
-                if self._has(action.executor):
-                    self._stop(action.executor)
-                    now = self.now()
-                    self._emit(ev.ExecutorRetired(to="cm", time=now, occurred=now, executor=action.executor))
-            case EndRun():
-                self._ended = True
-            case _:
-                self._relay(action)
+        _PERFORM.get(type(action), SimCluster._relay)(self, action)
+
+    def _set_timer(self, action: SetTimer) -> None:
+        self._at(max(0, action.at_ns - self.now()), lambda: self._timer(action))
+
+    def _abort(self, action: AbortTask) -> None:
+        self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
+
+    def _start(self, action: LaunchExecutor) -> None:
+        self._launching.add(action.executor)
+        self.env.process(self._launch(action))
+
+    def _drain(self, action: DrainExecutor) -> None:
+        self._send(action.executor, Drain(), self._dispatch_ns)
+
+    def _switch_role(self, action: SwitchRole) -> None:
+        self._send(action.executor, messages.SwitchRole(action.role), self._dispatch_ns)
+
+    def _release_context(self, action: ReleaseKvContext) -> None:
+        self._send(action.executor, ReleaseContext(action.context), self._dispatch_ns)
+
+    def _retire(self, action: RetireExecutor) -> None:
+        if self._has(action.executor):
+            self._stop(action.executor)
+            now = self.now()
+            self._emit(ev.ExecutorRetired(to="cm", time=now, occurred=now, executor=action.executor))
+
+    def _end(self, action: EndRun) -> None:
+        self._ended = True
 
     def _relay(self, action: Action) -> None:
         if isinstance(action, SubmitRequest):
@@ -263,7 +271,7 @@ class SimCluster(Cluster):
             shell,
             latency,
             self._answers,
-            lambda out: self._deliver(action.executor, out),
+            partial(self._take, action.executor),
             self._coalesce,
             len(self._links),
             partial(self._slowdown, action.executor, node.contention) if node.contention else None,
@@ -331,6 +339,10 @@ class SimCluster(Cluster):
 
     # -- what executors send --------------------------------------------------------------------------------------
 
+    def _take(self, name: str, shell: TaskExecutor) -> None:
+        if shell.has_said:
+            self._deliver(name, shell.outbox())
+
     def _deliver(self, name: str, outbox: Outbox) -> None:
         for event in outbox.events:
             if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
@@ -384,3 +396,17 @@ class SimCluster(Cluster):
             self.env.timeout(delay).callbacks.append(lambda _: action())
         else:
             action()
+
+
+_PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {
+    DispatchTask: SimCluster._dispatch,
+    SetTimer: SimCluster._set_timer,
+    AbortTask: SimCluster._abort,
+    LaunchExecutor: SimCluster._start,
+    DrainExecutor: SimCluster._drain,
+    SwitchRole: SimCluster._switch_role,
+    ReleaseKvContext: SimCluster._release_context,
+    RetireExecutor: SimCluster._retire,
+    EndRun: SimCluster._end,
+}
+"""What executors or timers have to act on; everything else is relayed."""

@@ -1,28 +1,30 @@
 """One simulated executor: the real TE-shell and engine core, with a latency model where the device would be.
 
-Decode steps that nothing can change are one SimPy event: a segment. A message that arrives in mid-segment cuts it at
+Steps that nothing can change are one SimPy event: a segment. A message that arrives in mid-segment cuts it at
 the end of the step in progress, which is when a real engine would look at its messages; so the result is the one that
 single steps give (`coalesce=False`), to the nanosecond.
 """
 
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from itertools import accumulate, islice
 
 import simpy
 from simpy.events import EventPriority
 
 from cluster import identity
-from cluster.latency import LatencyModel, StepShape
+from cluster.latency import LatencyModel
 from cluster.request import Answer
 from flowserve.core.messages import Dispatch, Message
-from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.task_executor import TaskExecutor
 
 LONGEST_SEGMENT = 4096
+STEPS_AT_A_TIME = 64
+"""So many steps of a segment are timed before it is looked whether a load report ends it."""
 _BEFORE_ALL = -(1 << 40)
 
 
@@ -38,13 +40,13 @@ class _StepEnd(simpy.Event):
     """
 
     def __init__(
-        self, env: simpy.Environment, delay: int, number: int, callback: Callable[[simpy.Event], None]
+        self, env: simpy.Environment, delay: int, priority: EventPriority, callback: Callable[[simpy.Event], None]
     ) -> None:
-        super().__init__(env)
+        self.env = env  # like SimPy's own timeouts, without the base class's detour
+        self.callbacks = [callback]
         self._ok = True
         self._value = None
-        self.callbacks.append(callback)
-        env.schedule(self, priority=EventPriority(_BEFORE_ALL + number), delay=delay)
+        env.schedule(self, priority, delay)
 
 
 class SimExecutor:
@@ -54,6 +56,7 @@ class SimExecutor:
     `host_ns`: what the host needs for a step beside the device's time. The device waits for it where a plan is launched
     only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
 
+    `deliver`: called at the end of each turn, to take what the outbox holds.
     `accept`: how many tokens a verification yields, before a stop cuts it. `number`: the executor's own, by which ties
     in time are broken.
     """
@@ -64,7 +67,7 @@ class SimExecutor:
         shell: TaskExecutor,
         latency: LatencyModel,
         answers: dict[int, Answer],
-        deliver: Callable[[Outbox], None],
+        deliver: Callable[[TaskExecutor], None],
         coalesce: bool = True,
         number: int = 0,
         slowdown: Callable[[], float] | None = None,
@@ -73,6 +76,7 @@ class SimExecutor:
         accept: Callable[[Verify], int] = _nothing_right,
     ) -> None:
         self.shell = shell
+        self._core = shell.core
         self.dead = False
         self.steps = 0
         self._env = env
@@ -85,25 +89,28 @@ class SimExecutor:
         self._since = 0
         self._host = host_ns
         self._accept = accept
-        self._number = number
+        self._priority = EventPriority(_BEFORE_ALL + number)
         self._inbox: list[Message] = []
         self._timer: simpy.Event | None = None
         self._ends: list[int] = []
         self._batch: tuple[Sequence, ...] | None = None
-        self._stops: list[tuple[int, int]] = []
+        # (decode clock, task id, when it joined, sequence): when each sequence in the batch samples its last token.
+        # Those that left otherwise stay until they come to the top.
+        self._stops: list[tuple[int, int, int, Sequence]] = []
+        self._launched_clock = 0
 
     # -- what arrives ---------------------------------------------------------------------------------------------
 
     def receive(self, *messages: Message) -> None:
         """Messages reach the executor: looked at now if it is idle, else when the step in progress ends."""
         self._inbox.extend(messages)
-        if not self.shell.core.in_flight:
+        if not self._core.in_flight:
             self._next_step()
         elif len(self._ends) > 1:
-            self._settle()
-            if len(self._ends) > 1:
-                del self._ends[1:]
-                self._wait_for(self._ends[0])
+            ended = bisect_right(self._ends, self._env.now)
+            if ended + 1 < len(self._ends):
+                del self._ends[ended + 1 :]
+                self._wait_for(self._ends[ended])
 
     def kill(self) -> None:
         """Stop in the middle of whatever it does. What finished by now stays readable in the shell."""
@@ -133,55 +140,64 @@ class SimExecutor:
                 known = self._answers[request.request_id].block_ids or request.block_ids
                 ids = identity.of_context(request.request_id, request.max_tokens, known)
             shell.receive(message, now, ids)
-        ahead = bool(shell.core.in_flight)
-        while shell.next_plan() is not None:
+        ahead = bool(self._core.in_flight)
+        in_flight, most = self._core.in_flight, self._core.config.max_in_flight
+        while len(in_flight) < most and shell.next_plan() is not None:
             pass
-        if shell.core.in_flight:
-            self._launch(shell.core.in_flight[0], ahead)
+        if in_flight:
+            self._launch(in_flight[0], ahead)
         elif shell.report_due is not None:
             self._wait_for(max(now, shell.report_due))
-        self._deliver(shell.outbox())
+        self._deliver(shell)
 
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
-        now, shape, latency = int(self._env.now), plan.shape, self._latency
-        took = latency.step_ns(shape)
+        now = int(self._env.now)
+        took = self._latency.step_ns(plan.shape)
         if self._slowdown is not None:
             took = round(took * self._slowdown())
-        end = now + self._with_host(took, ahead)
+        end = now + (max(took, self._host) if ahead else took + self._host)
         self._ends, self._since = [end], now
         if plan.decodes is not self._batch:
             self._find_stops(plan)
-        if self._coalesce and self._slowdown is None and not plan.chunks:
-            most = min(self._stops[0][0] - plan.clock if self._stops else LONGEST_SEGMENT, LONGEST_SEGMENT)
-            batch, due = shape.decode_sequences, self.shell.next_report
-            context, ahead = shape.decode_context, len(self.shell.core.in_flight) > 1
-            for _ in range(self.shell.core.steady_steps(most) if end < due else 0):
-                context += batch
-                end += self._with_host(latency.step_ns(StepShape(0, 0, 0, batch, context)), ahead)
-                self._ends.append(end)
-                if end >= due:
-                    break
+        if self._coalesce and self._slowdown is None and end < self.shell.next_report:
+            self._extend(plan)
         self._wait_for(self._ends[-1])
 
-    def _with_host(self, took: int, ahead: bool) -> int:
-        return max(took, self._host) if ahead else took + self._host
+    def _extend(self, plan: Plan) -> None:
+        """Let the segment go on behind its first step: up to a stop, a load report, or a step that is different."""
+        core, due, ends = self._core, self.shell.next_report, self._ends
+        stop = self._next_stop() if plan.decodes else None
+        steps = core.steady_steps(LONGEST_SEGMENT if stop is None else min(stop - plan.clock, LONGEST_SEGMENT))
+        batch, context = plan.shape.decode_sequences, plan.shape.decode_context
+        while steps > 0 and ends[-1] < due:
+            count = min(steps, STEPS_AT_A_TIME)
+            done = len(ends)
+            if plan.chunks:
+                took = [self._latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
+            else:
+                took = self._latency.decode_ns(batch, context + batch * done, count)
+            if self._host:
+                ahead = len(core.in_flight) > 1
+                took = [max(each, self._host) if ahead else each + self._host for each in took]
+            ends += islice(accumulate(took, initial=ends[-1]), 1, None)
+            steps -= count
+        del ends[bisect_left(ends, due) + 1 :]
 
     def _wait_for(self, time: int) -> None:
-        self._timer = _StepEnd(self._env, time - int(self._env.now), self._number, self._on_timer)
+        self._timer = _StepEnd(self._env, time - int(self._env.now), self._priority, self._on_timer)
 
     def _on_timer(self, timer: simpy.Event) -> None:
         if timer is not self._timer:
             return  # the segment was cut, or the executor is dead
-        now, shell = int(self._env.now), self.shell
-        if shell.core.in_flight:
-            self._write_down(len(self._ends))
-            if len(self._ends) > 1:
-                shell.advance(self._ends[:-1])
-                self.steps += len(self._ends) - 1
-            plan = shell.core.in_flight[0]
+        now, shell, ends = int(self._env.now), self.shell, self._ends
+        if self._core.in_flight:
+            plan = self._core.in_flight[0]
+            self._write_down(len(ends))
+            self.steps += len(ends)
+            if len(ends) > 1:
+                shell.advance(ends[:-1])
             self._ends = []
-            self.steps += 1
             accepted = self._accepted(plan) if plan.verifies else {}
             shell.complete(plan, self._stopped(plan, accepted), now, accepted)
         else:
@@ -191,24 +207,36 @@ class SimExecutor:
     def _write_down(self, steps: int) -> None:
         """The first `steps` of the segment are over."""
         if self._record is not None:
-            shape = self.shell.core.in_flight[0].shape
+            shape = self._core.in_flight[0].shape
             self._record(StepSpan(self.shell.shell.name, self._since, self._ends[steps - 1], steps, shape))
             self._since = self._ends[steps - 1]
 
     # -- the sampler's side ---------------------------------------------------------------------------------------
 
     def _find_stops(self, plan: Plan) -> None:
-        """At which value of the decode clock each sequence of a new batch samples its last token."""
+        """At which value of the decode clock each sequence that is new in the batch samples its last token.
+
+        A batch is in order of joining, so the new ones are at its end.
+        """
         self._batch = plan.decodes
-        self._stops = [
-            (
-                sequence.joined + self._answers[sequence.task.request.request_id].output_tokens - sequence.sampled,
-                sequence.task_id,
-            )
-            for sequence in plan.decodes
-            if sequence.status in (Status.DECODE, Status.LAST)
-        ]
-        heapq.heapify(self._stops)
+        for sequence in reversed(plan.decodes):
+            if sequence.joined < self._launched_clock:
+                break
+            if sequence.status is Status.DECODE or sequence.status is Status.LAST:
+                task = sequence.task
+                left = self._answers[task.request.request_id].output_tokens - sequence.sampled
+                heapq.heappush(self._stops, (sequence.joined + left, task.task_id, sequence.joined, sequence))
+        self._launched_clock = plan.clock
+
+    def _next_stop(self) -> int | None:
+        """The value of the decode clock at which the next sequence stops."""
+        stops = self._stops
+        while stops:
+            clock, _, joined, sequence = stops[0]
+            if sequence.joined == joined and (sequence.status is Status.DECODE or sequence.status is Status.LAST):
+                return clock
+            heapq.heappop(stops)
+        return None
 
     def _accepted(self, plan: Plan) -> dict[int, int]:
         """Tokens that verifications yield, none behind a request's last."""
@@ -222,7 +250,7 @@ class SimExecutor:
 
     def _stopped(self, plan: Plan, accepted: dict[int, int]) -> list[int]:
         stopped = []
-        while self._stops and self._stops[0][0] <= plan.clock and plan.decodes:
+        while plan.decodes and (stop := self._next_stop()) is not None and stop <= plan.clock:
             stopped.append(heapq.heappop(self._stops)[1])
         for chunk in plan.chunks:
             sequence = chunk.sequence

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from cluster.latency import StepShape
+from cluster.latency import LatencyModel, StepShape
 from cluster.vocabulary import NS_PER_S
 from sim.hardware import Hardware
 from sim.model_shape import ModelShape
@@ -14,7 +14,7 @@ KERNELS_PER_SPARSE_LAYER = 13
 """Gating, routing and its undoing in addition."""
 
 
-class Roofline:
+class Roofline(LatencyModel):
     """Compute or memory bound, whichever is longer, per part of the step; for hardware nobody has profiled.
 
     Linear layers: 2 x parameters FLOPs per token against reading all weights once; of E experts, a token computes with
@@ -59,11 +59,7 @@ class Roofline:
     def step_ns(self, shape: StepShape) -> int:
         prefill, decodes, drafts = shape.prefill_tokens, shape.decode_sequences, shape.draft_tokens
         tokens = prefill + decodes + drafts
-        weights = self._weights
-        if self._experts:
-            weights += self._experts * (1 - self._passed_over**tokens)
-        samples = shape.prefill_chunks + decodes + drafts
-        linear = max(weights, tokens * self._per_token + samples * self._per_sample)
+        linear = self._linear(tokens, shape.prefill_chunks + decodes + drafts)
         per_key = self._per_key
         if drafts and decodes:
             per_key = max(self._key_read, self._key_compute * (1 + drafts / decodes))
@@ -72,6 +68,20 @@ class Roofline:
         if device < self._launches and (prefill or not self._graph):
             device = self._launches
         return max(1, round(self._overhead + device))
+
+    def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
+        linear, per_key, overhead = self._linear(sequences, sequences), self._per_key, self._overhead
+        joined = self._joined + sequences * self._joined_per_token
+        least = 0.0 if self._graph else self._launches
+        contexts = range(context, context + steps * sequences, sequences)
+        return [max(1, round(overhead + max(linear + each * per_key + joined, least))) for each in contexts]
+
+    def _linear(self, tokens: int, samples: int) -> float:
+        """ns of the linear layers."""
+        weights = self._weights
+        if self._experts:
+            weights += self._experts * (1 - self._passed_over**tokens)
+        return max(weights, tokens * self._per_token + samples * self._per_sample)
 
 
 def _communication(hardware: Hardware, shape: ModelShape, npus: int) -> tuple[float, float]:
@@ -98,7 +108,7 @@ class Measured:
     outside = 0
 
 
-class Fitted(Measured):
+class Fitted(Measured, LatencyModel):
     """Linear in the features of a step, with non-negative coefficients in ns fitted to a profile (see `features`).
 
     In the number of decoding sequences it is piecewise linear: one coefficient up to the first of `knots`, and one
@@ -178,15 +188,29 @@ class Fitted(Measured):
         if tokens:
             time += self._prefill
         time += attention * self._pair + chunks * self._chunk
-        behind = sequences - len(self._batch) + 1
-        if behind <= 0:
-            time += self._batch[sequences]
-        else:
-            time += self._batch[-1] + behind * self._slope + (0.0 if self.knots else self._decode)
+        time += self._decodes(sequences)
         return max(1, round(time))
 
+    def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
+        contexts = range(context, context + steps * sequences, sequences)
+        self.asked += steps
+        most = self._most
+        if sequences > most[3]:
+            self.outside += steps
+        elif contexts[-1] > most[4]:
+            self.outside += sum(each > most[4] for each in contexts)
+        step, key, decodes = self._step, self._key, self._decodes(sequences)
+        return [max(1, round(step + each * key + decodes)) for each in contexts]
 
-class Constant:
+    def _decodes(self, sequences: int) -> float:
+        """ns of so many decoding sequences, but for their contexts."""
+        behind = sequences - len(self._batch) + 1
+        if behind <= 0:
+            return self._batch[sequences]
+        return self._batch[-1] + behind * self._slope + (0.0 if self.knots else self._decode)
+
+
+class Constant(LatencyModel):
     """Every step takes the same time, plus so much per prompt token or guess: for tests and queueing theory."""
 
     def __init__(self, step_s: float, prefill_token_s: float = 0.0) -> None:
@@ -199,3 +223,6 @@ class Constant:
 
     def step_ns(self, shape: StepShape) -> int:
         return max(1, round(self._step + self._token * (shape.prefill_tokens + shape.draft_tokens)))
+
+    def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
+        return [max(1, round(self._step))] * steps

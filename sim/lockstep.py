@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import simpy
 
-from cluster.latency import StepShape
+from cluster.latency import LatencyModel, StepShape
 from cluster.request import Answer
 from cluster.vocabulary import ExecutorSpec
 from flowserve.core.messages import Message
-from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Verify
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.scheduler import EngineConfig
@@ -31,7 +30,7 @@ class Difference(NamedTuple):
     simulated: object
 
 
-class Lockstep:
+class Lockstep(LatencyModel):
     """One simulated executor driven by the record of a real one. `compared`: turns that came out the same so far."""
 
     def __init__(
@@ -90,7 +89,8 @@ class Lockstep:
         self._injected = True
         self.executor.receive(*messages)
 
-    def _compare(self, outbox: Outbox) -> None:
+    def _compare(self, shell: TaskExecutor) -> None:
+        outbox = shell.outbox()
         in_flight = self.executor.shell.core.in_flight
         if not in_flight and not self._injected:
             return  # a load report was due

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster.latency import StepShape
+from cluster.latency import LatencyModel, StepShape
 from cluster.vocabulary import NS_PER_S
 from sim.latency import Measured
 
@@ -37,7 +37,7 @@ def _cell(points: list[float], value: float) -> tuple[int, int, float]:
     return high - 1, high, (value - points[high - 1]) / (points[high] - points[high - 1])
 
 
-class Table(Measured):
+class Table(Measured, LatencyModel):
     """Prefills by tokens and the context before each chunk, decodes by sequences and their mean context.
 
     Steps of both: the decoding sequences go through the matrices like that many more prompt tokens, and add what a

@@ -9,14 +9,13 @@ AllocatorKind = Literal["segment", "stack"]
 
 
 class BlockAllocator(ABC):
-    """Free block numbers of `0 … total-1`. Callers never take more than is `free`, nor return what they do not hold."""
+    """Free block numbers of `0 … total-1`. Callers never take more than is `free`, nor return what they do not hold.
+
+    `free`: how many blocks are.
+    """
 
     total: int
-
-    @property
-    @abstractmethod
-    def free(self) -> int:
-        """How many blocks are free."""
+    free: int
 
     @abstractmethod
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
@@ -26,6 +25,10 @@ class BlockAllocator(ABC):
         contiguous runs of the blocks that will be copied into these, in order; where the result must be cut into pieces
         too, cuts at the same places cost no further copy.
         """
+
+    @abstractmethod
+    def take_one(self, after: int | None) -> int:
+        """What `take(1, after)` hands out, faster."""
 
     @abstractmethod
     def give_back(self, blocks: list[int]) -> None:
@@ -46,25 +49,26 @@ class StackAllocator(BlockAllocator):
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self.free = total
         self._free = list(range(total - 1, -1, -1))
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         """Without regard to `after` and `runs`."""
-        assert 0 <= count <= len(self._free), f"taking {count} of {len(self._free)} free blocks"
-        if count == 1:
-            return [self._free.pop()]
+        assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
+        self.free -= count
         split = len(self._free) - count
         taken = self._free[split:]
         del self._free[split:]
         taken.reverse()
         return taken
 
+    def take_one(self, after: int | None) -> int:
+        self.free -= 1
+        return self._free.pop()
+
     def give_back(self, blocks: list[int]) -> None:
         """The next `take` of as many hands them out in the same order."""
+        self.free += len(blocks)
         self._free.extend(reversed(blocks))
 
     def free_blocks(self) -> Iterable[int]:
@@ -80,21 +84,16 @@ class SegmentAllocator(BlockAllocator):
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = total
+        self.free = total
         # The maximal free segments [start, end), three times: by start, by end, and in order of (length, start).
         self._ends = {0: total}
         self._starts = {total: 0}
         self._by_length = [total * total]  # length * total + start
 
-    @property
-    def free(self) -> int:
-        return self._free
-
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
-        assert 0 <= count <= self._free, f"taking {count} of {self._free} free blocks"
+        assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
         if count == 1:
-            start = None if after is None else after + 1
-            return self._cut(start if start in self._ends else self._by_length[0] % self.total, 1)
+            return [self.take_one(after)]
         blocks: list[int] = []
         if after is not None and (end := self._ends.get(after + 1)) is not None:
             room = end - after - 1
@@ -110,7 +109,7 @@ class SegmentAllocator(BlockAllocator):
     def give_back(self, blocks: list[int]) -> None:
         if not blocks:
             return
-        self._free += len(blocks)
+        self.free += len(blocks)
         start, end = blocks[0], blocks[0] + len(blocks)
         if blocks[-1] == end - 1 and blocks == list(range(start, end)):
             self._merge(start, end)
@@ -127,6 +126,30 @@ class SegmentAllocator(BlockAllocator):
     def free_blocks(self) -> Iterable[int]:
         return (block for start, end in self._ends.items() for block in range(start, end))
 
+    def take_one(self, after: int | None) -> int:
+        """The block behind `after`, else the first one of the smallest free segment, which stays the smallest."""
+        by_length, total, place = self._by_length, self.total, 0
+        end = None if after is None else self._ends.pop(after + 1, None)
+        if end is None or after is None:
+            start = by_length[0] % total
+            end = self._ends.pop(start)
+        else:
+            start = after + 1
+            place = bisect_left(by_length, (end - start) * total + start)
+        if end == start + 1:
+            del by_length[place], self._starts[end]
+        else:
+            self._ends[start + 1] = end
+            self._starts[end] = start + 1
+            shorter = (end - start - 1) * total + start + 1
+            if place and by_length[place - 1] > shorter:
+                del by_length[place]
+                insort(by_length, shorter)
+            else:
+                by_length[place] = shorter
+        self.free -= 1
+        return start
+
     def _cut(self, start: int, count: int) -> list[int]:
         """Take the first `count` blocks of the free segment at `start`."""
         end, rest = self._ends.pop(start), start + count
@@ -138,7 +161,7 @@ class SegmentAllocator(BlockAllocator):
             insort(by_length, (end - rest) * total + rest)
         else:
             del self._starts[end]
-        self._free -= count
+        self.free -= count
         return list(range(start, rest))
 
     def _merge(self, start: int, end: int) -> None:

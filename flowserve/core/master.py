@@ -6,7 +6,8 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice
+from operator import sub
 from typing import NamedTuple
 
 from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
@@ -89,7 +90,7 @@ class Master:
     def next_plan(self) -> Plan | None:
         """Decide the next step; also starts the transfers that there is room for, and copies between tiers."""
         plan = self.core.schedule()
-        if self._request_fetches() and plan is None:
+        if self.core.fetches and self._request_fetches() and plan is None:
             plan = self.core.schedule()
         if self.core.rtc.moves:
             self._outbox.moves += self.core.rtc.moves
@@ -150,9 +151,10 @@ class Master:
         for sequence, tokens in result.verified:
             self._tokens_out += tokens
             self._entries[sequence.task_id].sample_times.extend([now] * tokens)
-        for sequence, held in result.finished:
-            self._finished(sequence, held, now)
-        self._forget_times()
+        if result.finished:
+            for sequence, held in result.finished:
+                self._finished(sequence, held, now)
+            self._forget_times()
 
     def fail(self, task_id: int, detail: str, now: int) -> None:
         """The engine cannot go on with this task; the others are unharmed, and nothing of it is cached from here on.
@@ -166,9 +168,10 @@ class Master:
         self._forget_times()
 
     def advance(self, ends: list[int]) -> None:
-        """Steps that only decoded the same batch, with no stop, ended at these times."""
-        self._note_ends(ends)
-        self._tokens_out += len(ends) * len(self.core.in_flight[0].decodes)
+        """Steps after which the same went on, see `EngineCore.advance`, ended at these times."""
+        if decodes := self.core.in_flight[0].decodes:
+            self._note_ends(ends)
+            self._tokens_out += len(ends) * len(decodes)
         self.core.advance(len(ends))
 
     def serve(self, role: Role) -> None:
@@ -261,7 +264,7 @@ class Master:
                 stopped=not held,
                 tokens=len(times),
                 last_token_ns=now,
-                token_gaps_ns=tuple([later - earlier for earlier, later in pairwise(times)]),
+                token_gaps_ns=tuple(map(sub, islice(times, 1, None), times)),
                 cached_tokens=sequence.cached_tokens,
                 dram_tokens=sequence.fetched_tokens[0],
                 ssd_tokens=sequence.fetched_tokens[1],

@@ -34,9 +34,14 @@ class Outbox:
         """Everything since the last call; whoever takes it delivers it."""
         taken = Outbox()
         for name in self.__slots__:
-            setattr(taken, name, getattr(self, name))
-            setattr(self, name, [])
+            if said := getattr(self, name):
+                setattr(taken, name, said)
+                setattr(self, name, [])
         return taken
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to deliver."""
+        return bool(self.events or self.peers or self.transfers or self.moves or self.forgotten)
 
 
 class Load(NamedTuple):

@@ -63,6 +63,15 @@ class Plan:
         shape = self.shape
         self.shape = shape._replace(decode_context=shape.decode_context - less, draft_tokens=shape.draft_tokens - less)
 
+    def shape_after(self, steps: int) -> StepShape:
+        """Of what `EngineCore.advance` makes of this plan: decodes a token further each step, and of a prompt the next
+        chunk.
+        """
+        tokens, attention, chunks, sequences, context, draft = self.shape
+        return StepShape(
+            tokens, attention + steps * tokens * tokens, chunks, sequences, context + steps * sequences, draft
+        )
+
     @property
     def sampling(self) -> list[Sequence]:
         """Sequences that get tokens from this plan, in the order a runner returns them."""

@@ -257,7 +257,7 @@ class Rtc:
             if not self.evictable_blocks:
                 return False
             self._evict(min(max(1, self._evict_at_least), self.evictable_blocks))
-        blocks += self.allocator.take(1, blocks[-1] if blocks else None)
+        blocks.append(self.allocator.take_one(blocks[-1] if blocks else None))
         return True
 
     def free(self, blocks: list[int]) -> None:

@@ -130,6 +130,9 @@ class EngineCore:
             evict_at_least=0 if config.tiers.blocks else int(config.evict_share * config.kv_blocks),
         )
         self.fetch_cost = fetch_rule(config.tiers, fetch_cost)
+        self._takes_all = type(self.chunking).prompt_tokens is ChunkPolicy.prompt_tokens
+        self._size = config.block_tokens
+        self._tiered = config.tiers.blocks > 0
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
@@ -166,7 +169,7 @@ class EngineCore:
         sequence = Sequence(task, self._arrivals, self.clock)
         self._arrivals += 1
         self._sequences[task.task_id] = sequence
-        stride = self.config.block_tokens // BLOCK_TOKENS
+        stride = self._size // BLOCK_TOKENS
         self._ids[task.task_id] = ids if stride == 1 else ids[stride - 1 :: stride]
         self._enqueue(sequence)
         return None
@@ -249,25 +252,34 @@ class EngineCore:
         """
         if len(self.in_flight) >= self.config.max_in_flight:
             return None
-        self.rtc.swap_out()
-        if not self._grow_decodes():
+        if self._tiered:
+            self.rtc.swap_out()
+        if self._phases[self.clock.issued % self._size] and not self._grow_decodes():
             return None
         if self._speculating and not self._grow_speculating():
             return None
         last: list[Sequence] = []
-        decodes = self._decode_batch()
-        context = self._decode_context + len(decodes)
+        decodes = self._decodes
+        if decodes is None:
+            decodes = self._decodes = tuple(self._decoding.values())
+        sequences = len(decodes)
+        context = self._decode_context + sequences
         if decodes:
             self._advance_clock(last)
-        verifies = self._schedule_verifies() if self._speculating else []
-        draft = sum([verify.draft for verify in verifies])
-        context += sum([verify.start for verify in verifies]) + len(verifies) + draft
-        sequences = len(decodes) + len(verifies)
-        chunks = self._schedule_prefills(sequences, draft, context, last)
+        verifies: list[Verify] = []
+        draft = 0
+        if self._speculating:
+            verifies = self._schedule_verifies()
+            draft = sum([verify.draft for verify in verifies])
+            context += sum([verify.start for verify in verifies]) + len(verifies) + draft
+            sequences += len(verifies)
+        chunks: list[Chunk] = []
+        if self._prefilling or self._num_waiting:
+            chunks = self._schedule_prefills(sequences, draft, context, last)
         if not chunks and not sequences:
             return None
         self._plans += 1
-        shape = _shape(chunks, sequences, context, draft)
+        shape = _shape(chunks, sequences, context, draft) if chunks else StepShape(0, 0, 0, sequences, context, draft)
         plan = Plan(self._plans, chunks, decodes, verifies, last, self.clock.issued, shape)
         self.in_flight.append(plan)
         return plan
@@ -290,35 +302,60 @@ class EngineCore:
                 self._cache(sequence, sequence.target)
                 self._keep(sequence)
                 first_tokens.append(sequence)
-        # In order of arrival, so that blocks are freed in one order whoever lists the stops.
-        ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
-        verified = self._apply_verifies(plan.verifies, accepted, ending) if plan.verifies else []
-        live = [sequence for sequence in ending if sequence.status is not Status.ENDED]
-        finished = [self._finish(sequence, True) for sequence in sorted(live, key=_arrival)]
+        verified: list[tuple[Sequence, int]] = []
+        finished: list[Finished] = []
+        if plan.last or stopped or plan.verifies:
+            ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
+            if plan.verifies:
+                verified = self._apply_verifies(plan.verifies, accepted, ending)
+            live = [sequence for sequence in ending if sequence.status is not Status.ENDED]
+            # In order of arrival, so that blocks are freed in one order whoever lists the stops.
+            finished = [self._finish(sequence, True) for sequence in sorted(live, key=_arrival)]
         for sequence in first_tokens:
             if sequence.status is Status.HELD:
                 finished.append(self._finish(sequence, False))
-        self._free_ended(plan.number)
+        if self._ending:
+            self._free_ended(plan.number)
         return StepResult(first_tokens, verified, finished)
 
     def steady_steps(self, most: int) -> int:
-        """How many times `advance` may step on now, up to `most`: plans that only decode the batch in flight.
+        """How many times `advance` may step on now, up to `most`: plans that decode the batch in flight, and go on with
+        one prompt if it takes all that the budget leaves, or do nothing else.
 
         Asked right after `schedule()`, which has looked at what waits. What may still cut it short is a stop, which
         only the sampler's side knows.
         """
         batch = self._decodes
-        if not batch or self._ending:  # blocks about to be freed may let in what waits
+        if batch is None or not self.in_flight or self._ending or self._speculating:
+            return 0  # for one, blocks about to be freed may let in what waits
+        plan = self.in_flight[-1]
+        if plan.chunks:
+            most = min(most, self._steady_chunks(plan))
+        elif not batch or (
+            self.order.moves_with_service and self._num_waiting and len(self._running) < self.config.max_sequences
+        ):
             return 0
-        if any(plan.decodes is not batch or plan.chunks or plan.last for plan in self.in_flight):
+        for each in self.in_flight:
+            if each.decodes is not batch or each.last or (each.chunks and each is not plan):
+                return 0
+        room = self.rtc.steady_blocks
+        if most <= 0 or room <= 0 or not batch:
+            return max(0, most) if room > 0 else 0
+        limits = self._limits
+        while limits and limits[0][2].limit != limits[0][0]:
+            heapq.heappop(limits)
+        steps = min(most, limits[0][0] - self.clock.issued - 1) if limits else most
+        rounds = room // len(batch)
+        return max(0, min(steps, rounds * self._size))
+
+    def _steady_chunks(self, plan: Plan) -> int:
+        """How many plans behind this one only go on with its one prompt, and do not end it."""
+        sequence, _, tokens, samples = plan.chunks[0]
+        if samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
             return 0
-        if self.order.moves_with_service and self._num_waiting and len(self._running) < self.config.max_sequences:
+        if next(iter(self._prefilling.values())) is not sequence:
             return 0
-        while self._limits and self._limits[0][2].limit != self._limits[0][0]:
-            heapq.heappop(self._limits)
-        steps = min(most, self._limits[0][0] - self.clock.issued - 1) if self._limits else most
-        rounds = self.rtc.steady_blocks // len(batch)
-        return max(0, min(steps, rounds * self.config.block_tokens))
+        return (sequence.target - sequence.computed - 1) // tokens
 
     def advance(self, steps: int) -> None:
         """By definition `steps` times: complete the oldest plan in flight with no stop, and schedule the next one.
@@ -326,18 +363,31 @@ class EngineCore:
         Only for up to `steady_steps` steps.
         """
         batch = self._decodes
-        assert batch and self.in_flight
-        for _ in range(steps):
-            for sequence in self._phases[self.clock.issued % self.config.block_tokens].values():
-                self._append_block(sequence)
-            self.clock.issued += 1
-        self.clock.done += steps
+        assert batch is not None and self.in_flight
+        if batch:
+            self._advance_decodes(steps, len(batch))
         self._plans += steps
-        self._decode_context += steps * len(batch)
         for plan in self.in_flight:
             plan.number += steps
-            plan.clock += steps
-            plan.shape = plan.shape._replace(decode_context=plan.shape.decode_context + steps * len(batch))
+            plan.shape = plan.shape_after(steps)
+            if batch:
+                plan.clock += steps
+            if plan.chunks:
+                sequence, start, tokens, samples = plan.chunks[0]
+                plan.chunks = [Chunk(sequence, start + steps * tokens, tokens, samples)]
+                sequence.computed += steps * tokens
+
+    def _advance_decodes(self, steps: int, sequences: int) -> None:
+        phases, size, append_block = self._phases, self._size, self.rtc.append_block
+        first = self.clock.issued
+        for clock in range(first, first + steps):
+            for sequence in phases[clock % size].values():
+                blocks = sequence.blocks
+                if len(blocks) * size <= sequence.computed + clock - sequence.joined:
+                    append_block(blocks)
+        self.clock.issued = first + steps
+        self.clock.done += steps
+        self._decode_context += steps * sequences
 
     # -- what can be read -----------------------------------------------------------------------------------------
 
@@ -385,7 +435,7 @@ class EngineCore:
         for sequence in self._speculating.values():
             assert sequence.pending or sequence.computed == sequence.task.request.prompt_tokens + sequence.sampled - 1
         for sequence in self.decoding():
-            assert len(sequence.blocks) * self.config.block_tokens >= sequence.position
+            assert len(sequence.blocks) * self._size >= sequence.position
             assert sequence.task_id in self._running
 
     # -- batch ----------------------------------------------------------------------------------------------------
@@ -393,14 +443,15 @@ class EngineCore:
     def _schedule_prefills(self, decodes: int, draft: int, context: int, last: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
         budget = self.token_budget - decodes - draft
-        if not (budget and (self._prefilling or self._num_waiting)):
+        if not budget:
             return chunks
         budget = min(budget, max(1, self.chunking.prompt_tokens(budget, decodes, context)))
-        for sequence in list(self._prefilling.values()):
-            if budget == 0:
-                return chunks
-            budget -= self._issue_chunk(sequence, budget, chunks, last)
-        while budget and (admitted := self._admit()):
+        if self._prefilling:
+            for sequence in list(self._prefilling.values()):
+                if budget == 0:
+                    return chunks
+                budget -= self._issue_chunk(sequence, budget, chunks, last)
+        while budget and self._num_waiting and (admitted := self._admit()):
             if admitted.status is Status.PREFILL:
                 budget -= self._issue_chunk(admitted, budget, chunks, last)
         return chunks
@@ -426,7 +477,7 @@ class EngineCore:
 
     def _admit(self) -> Sequence | None:
         """Take the head of the queue into the batch if a place and the blocks for its whole context are there."""
-        if not self._num_waiting or len(self._running) >= self.config.max_sequences:
+        if len(self._running) >= self.config.max_sequences:
             return None
         sequence = self._head()
         alone = not self._running
@@ -434,7 +485,7 @@ class EngineCore:
             return None
         fetching = sequence.task.kv is not None and not sequence.preemptions
         target = sequence.target - 1 if fetching else sequence.target
-        ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self.config.block_tokens
+        ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self._size
         match = self._match(sequence, ids, min(limit, len(ids)))
         node, cached = match.node, match.blocks
         need = self._blocks_for(target) - len(cached)
@@ -458,7 +509,7 @@ class EngineCore:
         self._running[sequence.task_id] = sequence
         sequence.node, sequence.tree_blocks, sequence.blocks = node, len(cached), cached + blocks
         transit = None if fetching or not match.lower else self._populate(sequence, target, match)
-        sequence.computed = sequence.tree_blocks * self.config.block_tokens
+        sequence.computed = sequence.tree_blocks * self._size
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
             sequence.fetched_tokens = self._fetched_tokens(transit)
@@ -488,7 +539,7 @@ class EngineCore:
         """Fetch what follows in lower tiers, as far as that is faster than computing it."""
         if not sequence.may_fetch:
             return None
-        at, size = len(match.blocks), self.config.block_tokens
+        at, size = len(match.blocks), self._size
         lower = match.parts[1:] if at else match.parts
         count = self.fetch_cost.worthwhile(target, at * size, size, lower)
         if not count:
@@ -501,7 +552,7 @@ class EngineCore:
         """Tokens that come from DRAM and from SSD."""
         nodes = [] if transit is None else transit.nodes
         dram, ssd = (sum(len(node.blocks) for node in nodes if node.tier is tier) for tier in (Tier.DRAM, Tier.SSD))
-        return dram * self.config.block_tokens, ssd * self.config.block_tokens
+        return dram * self._size, ssd * self._size
 
     def _keep(self, sequence: Sequence) -> None:
         """Preserve the prompt under the ID that the request gives, unless that names a beginning of it already."""
@@ -537,7 +588,7 @@ class EngineCore:
         self._decoding[sequence.task_id] = sequence
         self._decodes = None
         self._decode_context += sequence.computed
-        self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][sequence.task_id] = sequence
+        self._phases[(sequence.joined - sequence.computed) % self._size][sequence.task_id] = sequence
         sequence.limit = sequence.joined + self._remaining(sequence) - pending
         heapq.heappush(self._limits, (sequence.limit, sequence.arrival, sequence))
         self.order.joined(sequence, self.clock.issued)
@@ -558,15 +609,10 @@ class EngineCore:
         """No later plan decodes it; those in flight may."""
         del self._decoding[sequence.task_id]
         self._decodes = None
-        del self._phases[(sequence.joined - sequence.computed) % self.config.block_tokens][sequence.task_id]
+        del self._phases[(sequence.joined - sequence.computed) % self._size][sequence.task_id]
         sequence.computed, sequence.limit, sequence.status = sequence.position, None, Status.LAST
         self._decode_context -= sequence.computed
         self.order.left(sequence, self.clock.issued)
-
-    def _decode_batch(self) -> tuple[Sequence, ...]:
-        if self._decodes is None:
-            self._decodes = tuple(self._decoding.values())
-        return self._decodes
 
     def _advance_clock(self, last: list[Sequence]) -> None:
         """Issue one decode plan; sequences that reach the client's limit with it go to `last` and decode no further."""
@@ -583,8 +629,13 @@ class EngineCore:
 
         False where that needs a preemption while plans are in flight.
         """
-        for sequence in list(self._phases[self.clock.issued % self.config.block_tokens].values()):
-            while sequence.status is Status.DECODE and not self._append_block(sequence):
+        size, append_block = self._size, self.rtc.append_block
+        for sequence in list(self._phases[self.clock.issued % size].values()):
+            while (
+                sequence.status is Status.DECODE
+                and len(sequence.blocks) * size <= sequence.position
+                and not append_block(sequence.blocks)
+            ):
                 if self.in_flight:
                     return False
                 self._preempt(self._victim())
@@ -592,7 +643,7 @@ class EngineCore:
 
     def _grow_speculating(self) -> bool:
         """A block for the next token of every sequence that speculates and can go on; like `_grow_decodes`."""
-        size = self.config.block_tokens
+        size = self._size
         for sequence in list(self._speculating.values()):
             if sequence.pending:
                 continue
@@ -608,7 +659,7 @@ class EngineCore:
         """A verification for each sequence whose last tokens are known, of as many guesses as its limit and the free
         blocks allow: for a guess, nobody is preempted.
         """
-        verifies, size, most = [], self.config.block_tokens, self.config.speculative_tokens
+        verifies, size, most = [], self._size, self.config.speculative_tokens
         for sequence in self._speculating.values():
             if sequence.pending:
                 continue
@@ -643,11 +694,6 @@ class EngineCore:
             if sequence.sampled == sequence.task.request.max_tokens:
                 ending.add(sequence)
         return verified
-
-    def _append_block(self, sequence: Sequence) -> bool:
-        if len(sequence.blocks) * self.config.block_tokens > sequence.position:
-            return True
-        return self.rtc.append_block(sequence.blocks)
 
     def _victim(self) -> Sequence:
         """One that computes here: a transfer in progress cannot be taken back."""
@@ -724,7 +770,7 @@ class EngineCore:
     def _cache(self, sequence: Sequence, valid_tokens: int) -> None:
         """Put the full blocks of the first `valid_tokens` positions into the tree, for others to find."""
         ids = self._ids[sequence.task_id]
-        full = min(valid_tokens // self.config.block_tokens, len(ids))
+        full = min(valid_tokens // self._size, len(ids))
         explicit = sequence.task.request.context is not None
         if full > sequence.tree_blocks and (self.config.prefix_cache or explicit):
             assert sequence.node is not None
@@ -760,7 +806,7 @@ class EngineCore:
         return self._blocks_for(task.request.prompt_tokens + generated + (not ends)) > self.rtc.total_blocks
 
     def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.config.block_tokens)
+        return -(-tokens // self._size)
 
 
 def _policy(spec: PolicySpec | None, kind: type[T]) -> T:
@@ -772,6 +818,8 @@ def _arrival(sequence: Sequence) -> int:
 
 
 def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:
-    tokens = sum(chunk.tokens for chunk in chunks)
-    attention = sum(chunk.start * chunk.tokens + chunk.tokens * (chunk.tokens + 1) // 2 for chunk in chunks)
+    tokens = attention = 0
+    for _, start, count, _ in chunks:
+        tokens += count
+        attention += start * count + count * (count + 1) // 2
     return StepShape(tokens, attention, len(chunks), decodes, decode_context, draft)

@@ -74,11 +74,13 @@ class Sequence:
         "status",
         "target",
         "task",
+        "task_id",
         "tree_blocks",
     )
 
     def __init__(self, task: Task, arrival: int, clock: DecodeClock) -> None:
         self.task = task
+        self.task_id = task.task_id
         self.arrival = arrival
         self.clock = clock
         self.status = Status.WAITING
@@ -100,10 +102,6 @@ class Sequence:
         self.drafted = 0
         self.accepted = 0
         self.rejected = 0
-
-    @property
-    def task_id(self) -> int:
-        return self.task.task_id
 
     @property
     def position(self) -> int:

@@ -44,7 +44,8 @@ class Engine(Protocol):
 class TeShell:
     """The outer side of one executor. `engine`: None before it is attached and after it failed, `absence` says why.
 
-    Reports go to `report_to` when something changed, at most every `report_period_ns`.
+    Reports go to `report_to` when something changed, at most every `report_period_ns`: the next at `next_report` ns,
+    at the earliest.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TeShell:
         self._outbox = outbox
         self._report_to = report_to
         self._report_period_ns = report_period_ns
-        self._next_report = 0
+        self.next_report = 0
         self._changed = True
         self._drained = False
         self._switched = False
@@ -128,14 +129,9 @@ class TeShell:
     # -- health ---------------------------------------------------------------------------------------------------
 
     @property
-    def next_report(self) -> int:
-        """The earliest time of the next load report."""
-        return self._next_report
-
-    @property
     def report_due(self) -> int | None:
         """When the next load report is due, if anything changed since the last."""
-        return self._next_report if self._changed else None
+        return self.next_report if self._changed else None
 
     def changed(self) -> None:
         """The engine went on; `observe` follows when it may be spoken of."""
@@ -147,14 +143,15 @@ class TeShell:
         if self.draining and not self._drained and (self.engine is None or self.engine.idle):
             self._drained = True
             self._emit(ExecutorDrained(to="cm", time=now, occurred=now, executor=self.name))
-        self.report(now)
+        if now >= self.next_report:
+            self.report(now)
 
     def report(self, now: int) -> None:
         """Send a load report, and the progress of what decodes, if one is due."""
-        if not self._changed or now < self._next_report:
+        if not self._changed or now < self.next_report:
             return
         self._changed = False
-        self._next_report = now + self._report_period_ns
+        self.next_report = now + self._report_period_ns
         load = NOTHING if self.engine is None else self.engine.load()
         for actor in self._report_to:
             self._emit(LoadReport(to=actor, time=now, occurred=now, executor=self.name, **load._asdict()))

@@ -64,7 +64,7 @@ class TaskExecutor:
         self.shell.observe(now)
 
     def advance(self, ends: list[int]) -> None:
-        """Steps that only decoded the same batch, with no stop, ended at these times."""
+        """Steps after which the same went on, see `EngineCore.advance`, ended at these times."""
         self.master.advance(ends)
         self.shell.changed()
 
@@ -76,6 +76,11 @@ class TaskExecutor:
     def outbox(self) -> Outbox:
         """Everything since the last call; the caller delivers it."""
         return self._outbox.take()
+
+    @property
+    def has_said(self) -> bool:
+        """Whether the outbox holds anything."""
+        return bool(self._outbox)
 
     @property
     def next_report(self) -> int:

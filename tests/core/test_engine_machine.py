@@ -54,6 +54,7 @@ def state_of(core: EngineCore) -> Any:
     return {
         "sequences": [sequence_state(core.sequence(task_id)) for task_id in core._sequences],  # type: ignore[arg-type]
         "plans": [(p.number, p.clock, p.shape, [s.task_id for s in p.sampling], len(p.last)) for p in core.in_flight],
+        "chunks": [(c.sequence.task_id, *c[1:]) for p in core.in_flight for c in p.chunks],
         "free": list(core.rtc.allocator.free_blocks()),
         "cache": sorted((tuple(node.ids), tuple(node.blocks), node.locks) for node in core.rtc.nodes()),
         "counts": (core.num_waiting, core.num_running, core.waiting_tokens, core.preemptions, core.rtc.evicted_blocks),
@@ -423,6 +424,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.written = {number + steps: written[number] for number in range(first, last + 1)}
         for blocks in self.written.values():
             blocks.update(sequence.blocks[-1] for sequence in batch)
+        for sequence, start, count, _ in self.core.in_flight[0].chunks:
+            done = self.next_position[sequence.task_id]
+            assert done is not None
+            self.compute(self.core.in_flight[0], sequence, done, start + count - done)
 
     # -- what always holds ----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.latency import StepShape
+from cluster.latency import LatencyModel, StepShape
 from sim.hardware import Hardware, kv_blocks
 from sim.latency import Constant, Fitted, Roofline
 from sim.model_shape import ModelShape
@@ -41,6 +41,24 @@ shapes = st.builds(
     st.integers(0, 10**6),
     st.integers(0, 300),
 )
+
+
+MODELS = (
+    Roofline(NPU, MODEL, 1),
+    Roofline(NPU, SPARSE, 1, graph=False),
+    Constant(0.01),
+    Constant(1e-10, 0.002),
+    Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111.1, 5.7]),
+    Fitted([0, 0, 0, 0, 0, 0, 0.3, 1e-4]),
+    Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111.1, 5.7, 99.9, 1.3], [8, 100]),
+)
+
+
+@given(model=st.sampled_from(MODELS), sequences=st.integers(1, 300), context=st.integers(1, 10**6))
+def test_consecutive_decode_steps_take_as_long_as_each_alone(model: LatencyModel, sequences: int, context: int) -> None:
+    """`decode_ns` is a faster way to ask, not another answer."""
+    steps = model.decode_ns(sequences, context, 70)
+    assert steps == [model.step_ns(StepShape(0, 0, 0, sequences, context + sequences * k)) for k in range(70)]
 
 
 def test_model_sizes() -> None:
