@@ -20,12 +20,16 @@ class StepShape(NamedTuple):
     draft_tokens: int = 0
 
 
-class LatencyModel(Protocol):
-    """How long steps take on one executor."""
+class StepTime(Protocol):
+    """How long a step takes."""
 
     def step_ns(self, shape: StepShape) -> int:
         """Duration of one step, from scheduling it to having its tokens, in integer nanoseconds (at least 1)."""
         ...
+
+
+class LatencyModel(StepTime, Protocol):
+    """How long steps take on one executor. Models derive from this, for what it adds to `step_ns`."""
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
         """Durations of `steps` steps on end in which `sequences` decode, the first with `context` tokens in all.

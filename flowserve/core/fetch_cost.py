@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from cluster.latency import LatencyModel, StepShape
+from cluster.latency import StepShape, StepTime
 from flowserve.core.tiers import Tier, TierConfig
 
 Parts = Sequence[tuple[Tier, int]]
@@ -66,7 +66,7 @@ def fetch_rule(tiers: TierConfig, cost: FetchCost | None) -> FetchCost:
 class PrefillTime:
     """execution(x, y) of a latency model: the chunks of a prompt that has the engine to itself."""
 
-    def __init__(self, latency: LatencyModel, token_budget: int) -> None:
+    def __init__(self, latency: StepTime, token_budget: int) -> None:
         self._latency = latency
         self._budget = token_budget
 

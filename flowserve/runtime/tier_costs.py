@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from cluster import identity
-from cluster.latency import LatencyModel, StepShape
+from cluster.latency import StepShape
 from cluster.request import Request, Task
 from cluster.vocabulary import TaskKind
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TierRate, TransferTime

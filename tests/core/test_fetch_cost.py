@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.latency import LatencyModel, StepShape
+from cluster.latency import StepShape
 from flowserve.core.fetch_cost import Always, CostModel, PrefillTime, TierRate, TransferTime
 from flowserve.core.tiers import Tier
 from sim.latency import Constant
@@ -49,7 +49,7 @@ def test_execution_time_is_that_of_the_chunks() -> None:
 def test_longer_contexts_make_fetching_worth_more() -> None:
     """Attention grows with the context: the same 64 blocks far behind are fetched, at the start computed."""
 
-    class Quadratic(LatencyModel):
+    class Quadratic:
         def step_ns(self, shape: StepShape) -> int:
             return shape.prefill_attention
 
