@@ -128,5 +128,7 @@ class Fleet:
         group = self._group_of.get(executor)
         if group is not None:
             place = group.index[executor]
-            group.outstanding[place] += tasks
-            group.queued_tokens[place] += queued_tokens
+            if tasks:
+                group.outstanding[place] += tasks
+            if queued_tokens:
+                group.queued_tokens[place] += queued_tokens

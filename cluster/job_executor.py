@@ -5,6 +5,8 @@ one job of two, the second placed when the first is done. A task that fails is t
 the frontend holds.
 """
 
+import msgspec
+
 from cluster import events as ev
 from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReleaseKvContext, ReportDemand
 from cluster.fleet import Fleet
@@ -124,7 +126,7 @@ class JobExecutor:
                 "it must choose from fleet.candidates(task)"
             )
         job.kind = SERVES[role]
-        task = Task(self._next_task, job.request, job.kind, job.generated, job.held, job.deadline_ns)
+        task = draft if draft.kind is job.kind else msgspec.structs.replace(draft, kind=job.kind)
         self._next_task += 1
         job.task, job.executor = task, executor
         self._tasks[task.task_id] = job

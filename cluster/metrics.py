@@ -203,7 +203,7 @@ class Recorder:
         )
         for column, value in zip(self.requests.values(), values, strict=True):
             column.append(value)
-        self.gaps.extend(live.gaps)
+        self.gaps += live.gaps
         self.gap_counts.append(len(live.gaps))
         self.outcomes.append(str(outcome))
         self.reasons.append(reason)

@@ -200,7 +200,9 @@ class Fitted(Measured, LatencyModel):
         elif contexts[-1] > most[4]:
             self.outside += sum(each > most[4] for each in contexts)
         step, key, decodes = self._step, self._key, self._decodes(sequences)
-        return [max(1, round(step + each * key + decodes)) for each in contexts]
+        if step + context * key + decodes < 1:
+            return [max(1, round(step + each * key + decodes)) for each in contexts]
+        return [round(step + each * key + decodes) for each in contexts]
 
     def _decodes(self, sequences: int) -> float:
         """ns of so many decoding sequences, but for their contexts."""

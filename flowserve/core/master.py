@@ -251,7 +251,7 @@ class Master:
                 times.append(samples[index - late])
             if index < len(sequence.runs):
                 first, last = sequence.runs[index]
-                times += self._step_ends[first - self._first_clock : last - self._first_clock]
+                times += self._step_ends[first - self._first_clock : last - self._first_clock].tolist()
         self._emit(
             TaskFinished(
                 to=entry.job_executor,

@@ -497,7 +497,7 @@ class EngineCore:
             if fetching and sequence.task.kv:
                 runs = runs_from(sequence.task.kv.runs, len(cached))
             else:
-                runs = run_lengths([block for lower in match.lower for block in lower.blocks])
+                runs = run_lengths([block for lower in match.lower for block in lower.blocks]) if match.lower else ()
             blocks = self.rtc.alloc_blocks(need, cached[-1] if cached else None, runs)
         if blocks is None:
             self.rtc.unlock(node)

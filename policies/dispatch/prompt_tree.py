@@ -1,6 +1,6 @@
 """The global prompt tree of a job executor: which executors have probably cached which prefixes (DeepServe 5.2)."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 from cluster.identity import BlockIds
 
@@ -19,7 +19,10 @@ class PromptTree:
         self._max_blocks = max_blocks
         self._holders: OrderedDict[int, int] = OrderedDict()
         self._bits: dict[str, int] = {}
-        self._next_bit = 0
+        self._names: list[str] = []
+        self._asked: list[str] = []
+        self._asked_mask = 0
+        self._places: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -27,30 +30,46 @@ class PromptTree:
     def insert(self, ids: BlockIds, executor: str) -> None:
         """`executor` has computed a context with these blocks."""
         bit = self._bit(executor)
-        holders = self._holders
+        holders, known = self._holders, self._holders.get
         for block in reversed(ids):  # the deepest block ends up oldest, so a prefix outlives what extends it
-            holders[block] = holders.get(block, 0) | bit
-            holders.move_to_end(block)
+            holders[block] = known(block, 0) | bit
+        deque(map(holders.move_to_end, reversed(ids)), 0)
         for _ in range(len(holders) - self._max_blocks):
             holders.popitem(last=False)
 
     def longest_match(self, ids: BlockIds, executors: list[str]) -> tuple[int, list[str]]:
         """The longest prefix that any of `executors` has, in blocks, and all of them that have it."""
-        mask = sum(self._bits.get(executor, 0) for executor in executors)
+        holders, among = self._holders.get, self._mask(executors)
         depth, best = 0, 0
         for block in ids:
-            mask &= self._holders.get(block, 0)
-            if not mask:
+            among &= holders(block, 0)
+            if not among:
                 break
-            depth, best = depth + 1, mask
-        return depth, [executor for executor in executors if self._bits.get(executor, 0) & best]
+            depth, best = depth + 1, among
+        found = []
+        while best:
+            lowest = best & -best
+            found.append(self._names[lowest.bit_length() - 1])
+            best ^= lowest
+        found.sort(key=self._places.__getitem__)
+        return depth, found
+
+    def _mask(self, executors: list[str]) -> int:
+        """The bits of these executors, which are mostly those of the last time."""
+        if executors != self._asked:
+            self._asked = list(executors)
+            self._places = {executor: place for place, executor in enumerate(executors)}
+            self._asked_mask = sum(self._bits.get(executor, 0) for executor in executors)
+        return self._asked_mask
 
     def forget(self, executor: str) -> None:
         """The executor and its cache are gone. Its bit is never used again, so nothing has to be searched."""
         self._bits.pop(executor, None)
+        self._asked = []
 
     def _bit(self, executor: str) -> int:
         if executor not in self._bits:
-            self._bits[executor] = 1 << self._next_bit
-            self._next_bit += 1
+            self._bits[executor] = 1 << len(self._names)
+            self._names.append(executor)
+            self._asked = []
         return self._bits[executor]
