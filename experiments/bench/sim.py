@@ -1,15 +1,23 @@
 """How fast the simulator is: requests simulated per second of CPU time, from the first event to the last.
 
 Lengths of the Azure 2023 conversation trace in file order, Poisson arrivals, an 8B model on engines with chunked
-prefill and prefix cache. What others reach on the same requests, each simulating its own server: docs/log.md.
+prefill and prefix cache.
+
+A peer on the same requests, which simulates a server of its own: the mocker of NVIDIA Dynamo, compiled from Rust. It
+needs an environment to itself, `python -m venv ENV; ENV/bin/pip install ai-dynamo==1.4.2`, and `dynamo=ENV/bin/python`;
+its rate is of its own wall time for the loop. Without the argument the row is left out.
 """
 
 import csv
 import gc
 import resource
+import subprocess
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 
 from cluster.client import Client
@@ -45,9 +53,10 @@ COLOCATED = ((Role.COLOCATED, 16),)
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):
-    """`requests`: of the runs with 16 executors; more executors get more, a single one an eighth."""
+    """`requests`: in every run but that of a single executor, which gets an eighth. `dynamo`: see above."""
 
     requests: int = 16_000
+    dynamo: str | None = None
 
 
 def missing(options: Options) -> str | None:
@@ -57,24 +66,54 @@ def missing(options: Options) -> str | None:
 
 def run(options: Options) -> list[Row]:
     count = options.requests
-    prefix_aware = DeepFlow(HeatMap([0, 1_000_000], [0, 1_000_000], [[0.0, 0.0], [0.0, 0.0]], "bench"))
     cases = [
-        ("1 executor", count // 8, ((Role.COLOCATED, 1),), None),
-        ("16 executors", count, COLOCATED, None),
-        ("6 prefill, 10 decode, 25 GB/s between them", count, ((Role.PREFILL, 6), (Role.DECODE, 10)), None),
-        ("16 executors, prefix-aware, shared prompts", count, COLOCATED, prefix_aware),
-        ("64 executors", count, ((Role.COLOCATED, 64),), None),
-        ("256 executors", count, ((Role.COLOCATED, 256),), None),
-        ("1024 executors", count, ((Role.COLOCATED, 1024),), None),
+        ("1 executor", count // 8, ((Role.COLOCATED, 1),), RoundRobin),
+        ("16 executors", count, COLOCATED, RoundRobin),
+        ("6 prefill, 10 decode, 25 GB/s between them", count, ((Role.PREFILL, 6), (Role.DECODE, 10)), RoundRobin),
+        ("16 executors, prefix-aware, shared prompts", count, COLOCATED, _prefix_aware),
+        ("64 executors", count, ((Role.COLOCATED, 64),), RoundRobin),
+        ("256 executors", count, ((Role.COLOCATED, 256),), RoundRobin),
+        ("1024 executors", count, ((Role.COLOCATED, 1024),), RoundRobin),
     ]
     rows = []
     for name, requests, groups, policy in cases:
-        measured = [_simulate(requests, groups, policy or RoundRobin()) for _ in range(options.repeats)]
+        measured = [_simulate(requests, groups, policy()) for _ in range(options.repeats)]
         rates, details = [rate for rate, _ in measured], measured[-1][1]
         rows.append(median_row(f"w16, {name}" if requests == count else f"w1, {name}", rates, "requests/s", details))
+    if options.dynamo is not None:
+        rates = [_dynamo(options.dynamo, count) for _ in range(options.repeats)]
+        rows.append(median_row("peer on w16: Dynamo mocker, 16 workers", rates, "requests/s", "round robin, wall time"))
     unit = 1024 if sys.platform == "darwin" else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 1024
     return [*rows, Row(name="peak memory of the whole process", value=peak, unit="MiB", at_most=500)]
+
+
+def _prefix_aware() -> DispatchPolicy:
+    return DeepFlow(HeatMap([0, 1_000_000], [0, 1_000_000], [[0.0, 0.0], [0.0, 0.0]], "bench"))
+
+
+def _dynamo(python: str, requests: int) -> float:
+    """Requests per second of its loop. Raises CalledProcessError: it cannot run."""
+    engine = {"num_gpu_blocks": 28_000, "block_size": BLOCK_TOKENS, "max_num_batched_tokens": 512, "max_num_seqs": 512}
+    with TemporaryDirectory() as folder:
+        trace, report, first = Path(folder, "trace.jsonl"), Path(folder, "report.json"), 0
+        with trace.open("wb") as file:
+            for arrival in workload(requests, 16 * RATE, False):
+                blocks = -(-arrival.request.prompt_tokens // BLOCK_TOKENS)
+                row = {
+                    "timestamp": arrival.at_ns / 1e6,
+                    "input_length": arrival.request.prompt_tokens,
+                    "output_length": arrival.answer.output_tokens,
+                    "hash_ids": list(range(first, first + blocks)),
+                }
+                file.write(msgspec.json.encode(row) + b"\n")
+                first += blocks
+        arguments = f"--trace-format mooncake --trace-block-size {BLOCK_TOKENS} --replay-mode offline --num-workers 16"
+        command = [python, "-m", "dynamo.replay", str(trace), *arguments.split(), "--router-mode", "round_robin"]
+        command += ["--extra-engine-args", msgspec.json.encode(engine).decode(), "--report-json", str(report)]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        wall_ms: float = msgspec.json.decode(report.read_bytes())["wall_time_ms"]
+        return requests / wall_ms * 1e3
 
 
 def workload(requests: int, rate: float, shared: bool) -> list[Arrival]:

@@ -1,5 +1,6 @@
 """Decode steps taken at once give, to the nanosecond, the run of single steps; and no run breaks the contract."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given, settings
@@ -7,8 +8,9 @@ from hypothesis import strategies as st
 
 from cluster import events as ev
 from cluster.actions import Action
+from cluster.engine_policy import PolicySpec
 from cluster.manager import GroupPlan
-from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.policy import DispatchPolicy, GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
 from flowserve.core.scheduler import EngineConfig
@@ -22,7 +24,7 @@ from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure, SimCluster
 from sim.latency import Constant, Fitted
 from sim.link import Link
-from tests.builders import Run, chain, disaggregated, make_arrival, make_request, run_sim, tier_links
+from tests.builders import MODEL, Run, chain, disaggregated, make_arrival, make_request, run_sim, tier_links
 
 
 def deepflow() -> DispatchPolicy:
@@ -33,6 +35,30 @@ def scaling() -> ScalingPolicy:
     return TargetUtilisation(target=0.5, period_s=0.03, down_delay_s=0.06)
 
 
+class BackAndForth(ScalingPolicy):
+    """Moves an executor from prefill to decode, then from decode to prefill, and so on."""
+
+    period_s = 0.04
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def desired(self, load: GroupLoad, now_ns: int) -> int:
+        return load.ready + load.pending
+
+    def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
+        self._turn += 1
+        sides = (Role.PREFILL, Role.DECODE)
+        return [RoleSwitch(MODEL, sides[self._turn % 2 - 1], sides[self._turn % 2])]
+
+
+ORDERS = (
+    None,
+    PolicySpec("policies.engine.order.priority.Priority"),
+    PolicySpec("policies.engine.order.fair.Fair"),
+    PolicySpec("policies.engine.order.shortest_prompt.ShortestPrompt"),
+)
+CHUNKINGS = (None, None, PolicySpec("policies.engine.chunking.fixed.Fixed", {"tokens": 7}))
 LATENCIES = (
     lambda: Constant(0.01),
     lambda: Constant(0.001, 0.0005),
@@ -62,7 +88,14 @@ def workloads(draw: st.DrawFn) -> list[Arrival]:
                 draw(st.sampled_from([0, 30_000_000])),
             )
         at += draw(st.sampled_from([0, 0, 0, 10_000_000, 7_123_457, 300_000_000]))
-        request = make_request(request_id, prompt, limit, None if ids is None else ids[: prompt // 16])
+        request = make_request(
+            request_id,
+            prompt,
+            limit,
+            None if ids is None else ids[: prompt // 16],
+            tenant=draw(st.sampled_from(["", "", "other"])),
+            priority=draw(st.integers(0, 1)),
+        )
         answer = Answer(output, None if ids is None else ids[: (prompt + output) // 16])
         cancel = None if cancel_s is None else round(cancel_s * NS_PER_S)
         arrivals.append(Arrival(request, answer, at, after, cancel))
@@ -87,19 +120,23 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
     )
     delayed = st.sampled_from([0.0, 0.0, 0.0004, 0.01])
     spare = draw(st.sampled_from([0, 0, 2]))
+    guesses = draw(st.sampled_from([0, 0, 0, 2]))
     groups = [
         GroupPlan(group.spec, group.initial, 1, group.maximum + spare)
         for group in disaggregated(prefill, decode, colocated)
     ]
     return {
         "groups": groups,
-        "scaling": scaling if spare else Fixed,
+        "scaling": draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed,
         "stages": [(Stage.TE_LOAD, draw(st.sampled_from([0, 10_000_000, 123_456_789])))],
         "engine": EngineConfig(
             kv_blocks=draw(st.integers(5, 16)),
             block_tokens=draw(st.sampled_from([16, 16, 32])),
-            token_budget=sequences + draw(st.integers(0, 60)),
+            token_budget=sequences * (1 + guesses) + draw(st.integers(0, 60)),
             max_sequences=sequences,
+            speculative_tokens=guesses,
+            order=draw(st.sampled_from(ORDERS)),
+            chunking=draw(st.sampled_from(CHUNKINGS)),
             max_in_flight=draw(st.integers(1, 3)),
             tiers=TierConfig(
                 dram, ssd, 0.3, 0.6, draw(st.sampled_from([1, 64])), draw(st.sampled_from(["cost", "always"]))
@@ -107,6 +144,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             preemption="swap" if dram and draw(st.booleans()) else "recompute",
         ),
         "tiers": draw(st.sampled_from([lambda: tier_links(1e9, 1e8), lambda: tier_links(1e7, 1e6, 0.001)])),
+        "acceptance": 0.6,
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
         "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),
@@ -161,9 +199,10 @@ def check_contract(run: Run, workload: list[Arrival]) -> None:
         arrival = arrivals[event.request_id]
         whole = min(arrival.answer.output_tokens, arrival.request.max_tokens)
         assert event.generated == whole if event.outcome is Outcome.FINISHED else event.generated <= whole
+    speculates = any(executor.shell.core.config.speculative_tokens for executor in run.executors.values())
     for event in run.of(ev.TaskFinished):
         assert event.tokens == len(event.token_gaps_ns) + 1
-        assert all(gap > 0 for gap in event.token_gaps_ns)
+        assert all(gap > 0 or (gap == 0 and speculates) for gap in event.token_gaps_ns)
     for executor in run.executors.values():
         executor.shell.core.check_integrity()
 
@@ -186,6 +225,18 @@ def test_steps_that_end_together_do_so_in_the_order_of_executors() -> None:
         run = run_sim(workload, executors=2, coalesce=coalesce, report_period_s=1.0)
         ends = [(event.occurred, event.executor) for event in run.of(ev.TaskFinished)]
         assert ends == [(1_300_000_000, "te-0"), (1_300_000_000, "te-1")]
+
+
+def test_chunks_of_a_long_prompt_are_coalesced_too() -> None:
+    """A prompt of 1000 chunks, beside a request that decodes, takes no event of its own per chunk."""
+    workload = [Arrival(make_request(0, 10, 1500), Answer(1500)), make_arrival(1, 0.1, 9001, 3)]
+    engine = EngineConfig(kv_blocks=1000, token_budget=10, max_sequences=2)
+    events = []
+    for coalesce in (True, False):
+        run = run_sim(workload, engine=engine, coalesce=coalesce, report_period_s=100.0)
+        assert run.executors["te-0"].steps == 1500
+        events.append(next(run.cluster.env._eid))
+    assert events[0] * 20 < events[1]
 
 
 def test_steps_are_in_fact_coalesced() -> None:
