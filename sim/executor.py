@@ -205,11 +205,14 @@ class SimExecutor:
         self._next_step()
 
     def _write_down(self, steps: int) -> None:
-        """The first `steps` of the segment are over."""
-        if self._record is not None:
-            shape = self._core.in_flight[0].shape
-            self._record(StepSpan(self.shell.shell.name, self._since, self._ends[steps - 1], steps, shape))
-            self._since = self._ends[steps - 1]
+        """The first `steps` of the segment are over: one span where they only decoded, else one for each chunk."""
+        if self._record is None:
+            return
+        plan, name = self._core.in_flight[0], self.shell.shell.name
+        spans = enumerate(self._ends[:steps]) if plan.chunks else [(0, self._ends[steps - 1])]
+        for step, end in spans:
+            self._record(StepSpan(name, self._since, end, 1 if plan.chunks else steps, plan.shape_after(step)))
+            self._since = end
 
     # -- the sampler's side ---------------------------------------------------------------------------------------
 
