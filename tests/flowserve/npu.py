@@ -15,10 +15,10 @@ FAKE = str(Path(__file__).parent / "fake_npu")
 def plugged(family: str = "A2", devices: int = 1) -> Iterator[Any]:
     """The stand-in torch_npu, with this many chips of this family.
 
-    From the first time on, this process has a device type npu, as with the real one.
+    From the first time on, this process has a device type npu, as with the real one. Processes that it starts find the
+    stand-in only meanwhile: others must not take it for the real one.
     """
-    if FAKE not in sys.path:
-        sys.path.insert(0, FAKE)
+    sys.path.insert(0, FAKE)
     import torch_npu
 
     assert torch_npu.__file__.startswith(FAKE)
@@ -27,6 +27,7 @@ def plugged(family: str = "A2", devices: int = 1) -> Iterator[Any]:
         yield torch_npu
     finally:
         torch_npu.npu.plug(0)
+        sys.path.remove(FAKE)
 
 
 @contextmanager
