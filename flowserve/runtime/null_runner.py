@@ -67,9 +67,7 @@ class NullRunner:
         return
 
     def launch(self, plan: Plan) -> None:
-        prompt_tokens = plan.shape.prefill_tokens + plan.shape.draft_tokens
-        took_s = self._device.step_s + self._device.prefill_token_s * prompt_tokens
-        self._free_ns = max(self._free_ns, time.monotonic_ns()) + round(took_s * 1e9)
+        self._free_ns = max(self._free_ns, time.monotonic_ns()) + round(self.step_s(plan) * 1e9)
         tokens = self._tokens(plan)[:, None]
         counts = np.ones(len(tokens), dtype=np.int64)
         if plan.verifies:
@@ -99,6 +97,11 @@ class NullRunner:
             found[row, :count] = [self._token(task, first + place) for place in range(count)]
         above = np.pad(tokens, ((0, 0), (0, found.shape[1] - 1)))
         return np.concatenate((above, found)), np.concatenate((counts, np.array(yields, dtype=np.int64)))
+
+    def step_s(self, plan: Plan) -> float:
+        """How long the device takes."""
+        prompt_tokens = plan.shape.prefill_tokens + plan.shape.draft_tokens
+        return self._device.step_s + self._device.prefill_token_s * prompt_tokens
 
     def _tokens(self, plan: Plan) -> npt.NDArray[np.int64]:
         """[S], for those of `plan.sampling` that get one token."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from experiments.bench import cuda, host
+from experiments.bench import cuda, host, versions
 from experiments.bench.harness import machine, registry, table, workload
 from experiments.bench.harness.result import Result, Row, load, median_row, save
 from experiments.cli import main
@@ -33,7 +33,7 @@ RESULT = Result(
 
 def test_benchmarks_are_the_files_of_their_folder() -> None:
     """Each has a description, options with defaults, and a function that runs it."""
-    assert {"cuda", "engine_cpu", "host", "prefix"} <= set(registry.names())
+    assert {"cuda", "engine_cpu", "host", "prefix", "versions"} <= set(registry.names())
     for name in registry.names():
         module = registry.find(name)
         assert registry.about(module).endswith(".")
@@ -153,3 +153,20 @@ def test_the_device_benchmark_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monke
         "throughput / transformers continuous batching",
     ]
     assert load_latency(tmp_path / "runs" / "profiles" / "tiny-llama-cpu" / "profile.json").coefficients_ns
+
+
+def test_batch_at_a_time_per_token() -> None:
+    """Between measured batches it is interpolated; beyond them, at most the largest is claimed."""
+    assert versions._batch_at(15, (10, 20, 40), (5, 10, 20)) == 30
+    assert versions._batch_at(4, (10, 20, 40), (5, 10, 20)) == 8
+    assert versions._batch_at(50, (10, 20, 40), (5, 10, 20)) == 40
+    assert versions._batch_at(9, (10, 20), (8, 7)) == 20
+
+
+@pytest.mark.slow
+def test_versions_are_engines() -> None:
+    """Each version serves its batches, token for token, on a device that takes its time."""
+    device = versions.Device("quick", (2, 4), step_s=0.002)
+    rows = list(versions._compare(device, 4.0, repeats=1))
+    assert [row.name.partition(": ")[2] for row in rows] == ["v1, decode at TPOT 4 ms", "v2 / v1", "v3 / v2"]
+    assert all(row.value > 0 for row in rows)
