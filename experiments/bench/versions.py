@@ -34,6 +34,7 @@ from flowserve.core.messages import Dispatch
 from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
 from flowserve.core.scheduler import EngineConfig
+from flowserve.ops.step import Ints
 from flowserve.runtime import wire
 from flowserve.runtime.engine_process import EngineLoop
 from flowserve.runtime.intake import Taken
@@ -216,10 +217,10 @@ class _MessagePerToken(EngineLoop):
 class _PackerAnew(Packer):
     """Looks at every sequence in every step, as if the decode batch had just come together."""
 
-    def pack(self, plan: Plan) -> PackedStep:
+    def pack(self, plan: Plan, guesses: Sequence[Ints] = ()) -> PackedStep:
         self._place[:] = -1
         self._decodes = Packer(self._block_tokens)._decodes
-        return super().pack(plan)
+        return super().pack(plan, guesses)
 
 
 class _TimedRunner(NullRunner):
@@ -284,7 +285,7 @@ def _serve(address: str, version: Version, device: Device) -> None:
     mover = Mover(runner.move)
     kind = EngineLoop if version.lean else _MessagePerToken
     loop = kind(setup, socket, runner, mover, None, engine_logger("engine", "error"))
-    socket.send(wire.encode(wire.Ready(0, None)))
+    socket.send(wire.encode(wire.Ready(0, setup.engine.kv_blocks, None)))
     try:
         loop.run()
     finally:
