@@ -6,8 +6,8 @@ back: v1 completes a plan before it schedules the next and sends a message for e
 and sends one message a step; v3, the engine as it is, packs only what has changed. Each is an engine process of its
 own, which serves a batch of sequences that decode together. Versions alternate.
 
-On the CPU, host and device are the same two cores. So there is also a device that only takes its time, from Ascend
-910B data sheets for the paper's setting (derived: 17 GB of weights per NPU at 1.2 TB/s are 14 ms, and 2K tokens of KV
+On the CPU, host and device are the same two cores. So there is also a device that only takes its time, chosen for the
+paper's setting (assumed: 17 GB of weights per NPU at 1.2 of the published 1.6 TB/s are 14 ms, and 2K tokens of KV
 cache, 125 MB, 0.1 ms for each sequence; a model a tenth as large takes a tenth), while the host's work is the real one.
 """
 
