@@ -25,7 +25,7 @@ test: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-# All that this machine can measure, in under 10 minutes on an idle one; writes experiments/data/bench and README.md.
+# All that this machine can measure, in about 15 minutes on two idle cores; writes experiments/data/bench and README.md.
 bench: $(STAMP)
 	$(BIN)/deepflow bench
 
