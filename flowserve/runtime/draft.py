@@ -17,7 +17,7 @@ from flowserve.core.scheduler import EngineConfig
 from flowserve.models import load_model
 from flowserve.ops import Ops
 from flowserve.ops.step import Ints, StepContext
-from flowserve.runtime.kv_pool import KvPool
+from flowserve.runtime.kv_pool import KvPool, pool_of
 from flowserve.runtime.packing import PackedStep
 from flowserve.runtime.sampler import Sampler
 from flowserve.runtime.sampling import Sampling
@@ -116,17 +116,7 @@ class DraftModel:
         self.model.pack(ops)
         self._positions = min(config.kv_blocks * config.block_tokens, self.model.max_position)
         self.model.set_positions(self._positions)
-        self.pool: KvPool | None = KvPool(
-            self.model.num_layers,
-            config.kv_blocks,
-            config.block_tokens,
-            self.model.num_kv_heads,
-            self.model.head_dim,
-            dtype,
-            config.kv_layout,
-            device,
-            ops.KV_ALIGNMENT_BYTES,
-        )
+        self.pool: KvPool | None = pool_of(self.model, config, config.kv_blocks, dtype, device, ops.KV_ALIGNMENT_BYTES)
         self._caches = ops.layer_caches(self.pool.tensor)
         self._ops, self._device, self._block_tokens = ops, device, config.block_tokens
         self._sampler = Sampler(vocab_size, device, ops)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowserve.core.scheduler import EngineConfig
 from flowserve.core.transfer import KvLayout, contiguous_runs, pieces_per_run
+from flowserve.models import Model
 from flowserve.runtime.runner import KvHandle
 
 MEMFD_NAME = "deepflow-kv"
@@ -166,6 +168,14 @@ def _allocate(like: Tensor, device: torch.device, alignment: int) -> Tensor:
     start = -memory.data_ptr() % alignment
     rows = memory[start : start + pieces * padded].view(pieces, padded)[:, :size]
     return rows.view(like.dtype).view(pieces, blocks, elements)
+
+
+def pool_of(
+    model: Model, config: EngineConfig, blocks: int, dtype: torch.dtype, device: torch.device, alignment: int
+) -> KvPool:
+    """The KV cache of a model inside an engine, of `blocks` blocks; a draft model's has the form of the engine's."""
+    sizes = (model.num_kv_heads, model.head_dim)
+    return KvPool(model.num_layers, blocks, config.block_tokens, *sizes, dtype, config.kv_layout, device, alignment)
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

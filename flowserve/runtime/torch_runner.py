@@ -26,7 +26,7 @@ from flowserve.ops.step import Ints, StepContext
 from flowserve.runtime.draft import Drafter, DraftModel, PromptLookup
 from flowserve.runtime.graphs import DecodeGraphs
 from flowserve.runtime.host_tiers import HostTiers
-from flowserve.runtime.kv_pool import KvPool
+from flowserve.runtime.kv_pool import KvPool, pool_of
 from flowserve.runtime.packing import PackedStep, Packer
 from flowserve.runtime.runner import KvHandle, Payload, StepOutput, TokenLogprobs
 from flowserve.runtime.sampler import Logprobs, Sampled, Sampler
@@ -102,17 +102,8 @@ class TorchRunner:
         self._config = config
         self._positions = min(config.kv_blocks * config.block_tokens, self.model.max_position)
         self.model.set_positions(self._positions)
-        self.pool = KvPool(
-            self.model.num_layers,
-            config.kv_blocks + bool(graph_sizes),
-            config.block_tokens,
-            self.model.num_kv_heads,
-            self.model.head_dim,
-            self._dtype,
-            config.kv_layout,
-            self._device,
-            self._ops.KV_ALIGNMENT_BYTES,
-        )
+        blocks = config.kv_blocks + bool(graph_sizes)
+        self.pool = pool_of(self.model, config, blocks, self._dtype, self._device, self._ops.KV_ALIGNMENT_BYTES)
         self._caches = self._ops.layer_caches(self.pool.tensor)
         if config.tiers.blocks and not self._ops.shares_memory(self._caches):
             raise ValueError(
@@ -120,8 +111,7 @@ class TorchRunner:
                 "a format of its own that is not copied to other tiers: set dram_blocks and ssd_blocks to 0"
             )
         self._drafter = self._make_drafter(config)
-        pools = [self.pool] if self._draft_pool is None else [self.pool, self._draft_pool]
-        self._tiers = [HostTiers(pool.memory, 1, config.tiers, self._ssd_folder) for pool in pools]
+        self._tiers = [HostTiers(pool.memory, 1, config.tiers, self._ssd_folder) for pool in self._pools]
         self.about = self._ops.describe(self._caches)
         self._graphs: DecodeGraphs | None = None
         if graph_sizes:
@@ -153,8 +143,8 @@ class TorchRunner:
         self._allocate(msgspec.structs.replace(config, kv_blocks=blocks, tiers=TierConfig(), preemption="recompute"))
         self._serve_one(tokens, 1)
         self._accelerator.synchronize()
-        peak, pools = self._accelerator.peak(), [self.pool, *([self._draft_pool] if self._draft_pool else [])]
-        pool_bytes = sum(pool.memory.numel() for pool in pools) * self._dtype.itemsize
+        peak = self._accelerator.peak()
+        pool_bytes = sum(pool.memory.numel() for pool in self._pools) * self._dtype.itemsize
         self._free()
         self._accelerator.empty_cache()
         memory, allocated = self._accelerator.memory(), self._accelerator.allocated()
@@ -269,9 +259,8 @@ class TorchRunner:
         return msgspec.structs.replace(self.pool.handle, draft=draft)
 
     def stage(self, blocks: list[int]) -> None:
-        self.pool.stage(blocks)
-        if self._draft_pool is not None:
-            self._draft_pool.stage(blocks)
+        for pool in self._pools:
+            pool.stage(blocks)
 
     def fetch(self, source: KvHandle | None, source_blocks: list[int], blocks: list[int]) -> int:
         """Also raises ValueError where the peer's layout is not ours."""
@@ -315,6 +304,11 @@ class TorchRunner:
     @property
     def _draft_pool(self) -> KvPool | None:
         return None if self._drafter is None else self._drafter.pool
+
+    @property
+    def _pools(self) -> list[KvPool]:
+        """The KV caches with the engine's block numbers: the model's, and the draft model's where there is one."""
+        return [self.pool] if self._draft_pool is None else [self.pool, self._draft_pool]
 
     def _guess(self, verify: Verify) -> Ints:
         """What to verify: nothing where the sampling of a token needs to know all before it, or positions run out."""
@@ -362,9 +356,8 @@ class TorchRunner:
             rows, values = self._tensor(step.uploads)
             self._last_tokens.index_copy_(0, rows, values)
         if step.unclean:
-            for pool in (self.pool, self._draft_pool):
-                if pool is not None:
-                    pool.tensor[:, :, step.unclean] = 0
+            for pool in self._pools:
+                pool.tensor[:, :, step.unclean] = 0
         tokens = self._tensor(step.tokens)
         if len(step.decode_rows):
             tokens[-len(step.decode_rows) :] = self._last_tokens.index_select(0, self._tensor(step.decode_rows))
