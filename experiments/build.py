@@ -20,8 +20,8 @@ from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
 from experiments.config import CONF, build, plain, typed
+from flowserve.core.config import EngineConfig
 from flowserve.core.record import StepSpan, read_turns, spans
-from flowserve.core.scheduler import EngineConfig
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware

@@ -30,6 +30,7 @@ from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
 from flowserve.core import messages
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TransferTime
 from flowserve.core.messages import (
     Abort,
@@ -46,7 +47,6 @@ from flowserve.core.messages import (
 from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.plan import Verify
 from flowserve.core.record import StepSpan
-from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs

@@ -18,7 +18,7 @@ from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
 from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.cluster import Delays, Failure, Node, SimCluster

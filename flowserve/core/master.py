@@ -14,6 +14,7 @@ from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinis
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost
 from flowserve.core.messages import (
     Abort,
@@ -29,7 +30,7 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Load, Outbox, Transfer
 from flowserve.core.plan import Fetch, Plan
-from flowserve.core.scheduler import NONE, EngineConfig, EngineCore
+from flowserve.core.scheduler import NONE, EngineCore
 from flowserve.core.sequence import Sequence as EngineSequence
 from flowserve.core.transfer import run_lengths
 

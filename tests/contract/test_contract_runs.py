@@ -19,7 +19,7 @@ from cluster.policy import ScalingPolicy
 from cluster.request import Arrival, Trigger
 from cluster.seam import Cluster
 from cluster.vocabulary import Role
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation

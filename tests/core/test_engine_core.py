@@ -6,8 +6,9 @@ import pytest
 
 from cluster import identity
 from cluster.vocabulary import FailureReason, Role, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan, StepResult
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 from flowserve.core.sequence import Sequence, Status
 from tests.builders import chain, make_task
 

@@ -16,9 +16,10 @@ from msgspec.structs import replace
 from cluster import identity
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import Parts
 from flowserve.core.plan import Fetch, Plan, Verify
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.tiers import Move, Tier, TierConfig
 from tests.builders import chain, make_task

@@ -6,10 +6,10 @@ from cluster import events as ev
 from cluster import identity
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.master import Master
 from flowserve.core.messages import Dispatch, KvFetched, KvOffered, KvReleased, KvRequested
 from flowserve.core.outbox import Load, Outbox
-from flowserve.core.scheduler import EngineConfig
 from tests.builders import make_request, make_task
 
 

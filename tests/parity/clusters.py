@@ -17,7 +17,7 @@ from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role, Stage
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from policies.scaling.fixed import Fixed
 from real.cluster import Engine, RealCluster

@@ -17,7 +17,7 @@ from cluster.manager import ClusterManager, GroupPlan
 from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.request import Arrival
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice, TorchDevice
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed

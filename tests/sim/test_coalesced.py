@@ -13,7 +13,7 @@ from cluster.manager import GroupPlan
 from cluster.policy import DispatchPolicy, GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap

@@ -12,7 +12,7 @@ from cluster.metrics import Recorder
 from cluster.request import Answer, Arrival, Request
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from sim.cluster import Node, SimCluster

@@ -18,7 +18,7 @@ from cluster.manager import ClusterManager, GroupPlan
 from cluster.metrics import Recorder, RequestTable, Window
 from cluster.request import Answer, Arrival
 from cluster.vocabulary import Outcome, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from sim.cluster import Node, SimCluster
