@@ -3,10 +3,18 @@
 Times are integer nanoseconds from the start of the run. Actors read the time from `event.time` and from nowhere else.
 """
 
+from array import array
+from collections.abc import Iterable
+
 import msgspec
 
 from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, ExecutorState, FailureReason, Outcome, Stage
+
+
+def pack_gaps(gaps_ns: Iterable[int]) -> bytes:
+    """Times between tokens in ns as 8-byte integers: the hundreds of an answer are copied at once."""
+    return array("q", gaps_ns).tobytes()
 
 
 class EventBase(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -61,9 +69,9 @@ class TaskProgress(EventBase, frozen=True, tag=True, kw_only=True):
 class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     """A task is done. `stopped`: the request is complete; a prefill task that is not stopped holds its KV cache.
 
-    `tokens`: how many this task produced; `last_token_ns`: when the last of them was; `token_gaps_ns`: the
-    `tokens - 1` times between them. `cached_tokens`: of the prompt, not computed; of these, `dram_tokens` and
-    `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
+    `tokens`: how many this task produced; `first_token_ns` and `last_token_ns`: when the first and the last of them
+    was; `token_gaps`: the `tokens - 1` times between them, see `pack_gaps`. `cached_tokens`: of the prompt, not
+    computed; of these, `dram_tokens` and `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
     Of an engine that speculates: `draft_tokens` it guessed, `accepted_tokens` of these, and `draft_rejections`: how
     often a guess was wrong or missing where the output went on.
     """
@@ -74,8 +82,9 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     generated: int
     stopped: bool
     tokens: int
+    first_token_ns: int
     last_token_ns: int
-    token_gaps_ns: tuple[int, ...] = ()
+    token_gaps: bytes = b""
     cached_tokens: int = 0
     dram_tokens: int = 0
     ssd_tokens: int = 0
@@ -84,6 +93,11 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     accepted_tokens: int = 0
     draft_rejections: int = 0
     kv_runs: tuple[int, ...] = ()
+
+    @property
+    def token_gaps_ns(self) -> tuple[int, ...]:
+        """`token_gaps` as numbers."""
+        return tuple(array("q", self.token_gaps))
 
 
 class TaskFailed(EventBase, frozen=True, tag=True, kw_only=True):

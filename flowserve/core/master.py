@@ -10,7 +10,7 @@ from itertools import islice
 from operator import sub
 from typing import NamedTuple
 
-from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
+from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished, pack_gaps
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
@@ -56,7 +56,9 @@ class Master:
         self._copying: set[int] = set()
         self._leases: dict[int, str] = {}
         self._lost: set[str] = set()
+        # When each step of decodes ended that somebody may ask for, and how long after the one before.
         self._step_ends = array("q")
+        self._step_gaps = array("q")
         self._first_clock = 0
         self._most_ends = FEWEST_ENDS
         self._now = 0
@@ -243,16 +245,7 @@ class Master:
     def _finished(self, sequence: EngineSequence, held: bool, now: int) -> None:
         entry = self._entries.pop(sequence.task_id)
         self._outbox.forgotten.append(sequence.task_id)
-        times: list[int] = []
-        samples = entry.sample_times
-        # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
-        late = int(entry.task.kv is not None)
-        for index in range(max(len(samples) + late, len(sequence.runs))):
-            if index >= late and index - late < len(samples):
-                times.append(samples[index - late])
-            if index < len(sequence.runs):
-                first, last = sequence.runs[index]
-                times += self._step_ends[first - self._first_clock : last - self._first_clock].tolist()
+        first, gaps, tokens = self._token_times(sequence, entry)
         self._emit(
             TaskFinished(
                 to=entry.job_executor,
@@ -263,9 +256,10 @@ class Master:
                 executor=self.name,
                 generated=sequence.generated,
                 stopped=not held,
-                tokens=len(times),
+                tokens=tokens,
+                first_token_ns=first,
                 last_token_ns=now,
-                token_gaps_ns=tuple(map(sub, islice(times, 1, None), times)),
+                token_gaps=gaps,
                 cached_tokens=sequence.cached_tokens,
                 dram_tokens=sequence.fetched_tokens[0],
                 ssd_tokens=sequence.fetched_tokens[1],
@@ -276,6 +270,28 @@ class Master:
                 kv_runs=tuple(run_lengths(sequence.blocks)) if held else (),
             )
         )
+
+    def _token_times(self, sequence: EngineSequence, entry: _Entry) -> tuple[int, bytes, int]:
+        """(time of the first token, gaps between all, how many) of a sequence that is done."""
+        samples, runs, base = entry.sample_times, sequence.runs, self._first_clock
+        fetched = entry.task.kv is not None
+        if len(samples) == (0 if fetched else 1) and len(runs) == 1 and runs[0][0] < runs[0][1]:  # never preempted
+            first, last = runs[0][0] - base, runs[0][1] - base
+            gaps = self._step_gaps[first + 1 : last].tobytes()
+            start = self._step_ends[first]
+            if fetched:
+                return start, gaps, last - first
+            return samples[0], pack_gaps((start - samples[0],)) + gaps, 1 + last - first
+        times: list[int] = []
+        # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
+        late = int(fetched)
+        for index in range(max(len(samples) + late, len(runs))):
+            if index >= late and index - late < len(samples):
+                times.append(samples[index - late])
+            if index < len(runs):
+                first, last = runs[index]
+                times += self._step_ends[first - base : last - base].tolist()
+        return times[0], pack_gaps(map(sub, islice(times, 1, None), times)), len(times)
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)
@@ -357,10 +373,16 @@ class Master:
                 self._fetched(task_id, False, now)
 
     def _note_ends(self, ends: Sequence[int]) -> None:
+        if self._step_ends:
+            self._step_gaps.append(ends[0] - self._step_ends[-1])
+        else:
+            self._step_gaps.append(0)  # nobody decoded before
+        self._step_gaps.extend(map(sub, islice(ends, 1, None), ends))
         self._step_ends.extend(ends)
         if len(self._step_ends) > self._most_ends:  # times that no sequence will ask for any more
             first = self.core.earliest_clock()
             del self._step_ends[: first - self._first_clock]
+            del self._step_gaps[: first - self._first_clock]
             self._first_clock = first
             self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
 
@@ -368,6 +390,7 @@ class Master:
         """With nothing under way, nobody asks for the times of earlier steps any more."""
         if not (self.core.num_running or self.core.num_waiting or self.core.in_flight):
             del self._step_ends[:]
+            del self._step_gaps[:]
             self._first_clock = self.core.clock.done
 
     def _emit(self, event: Event) -> None:

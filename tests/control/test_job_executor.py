@@ -100,6 +100,7 @@ class Desk:
                 generated=generated,
                 stopped=stopped,
                 tokens=generated - dispatch.task.generated,
+                first_token_ns=self.now,
                 last_token_ns=self.now,
             )
         )

@@ -52,8 +52,9 @@ class Book:
                 generated=len(times),
                 stopped=stopped,
                 tokens=len(times),
+                first_token_ns=stamps[0],
                 last_token_ns=stamps[-1],
-                token_gaps_ns=gaps,
+                token_gaps=ev.pack_gaps(gaps),
                 **more,
             )
         )

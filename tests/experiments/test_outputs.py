@@ -60,8 +60,9 @@ def recorded() -> Recorder:
                 generated=tokens,
                 stopped=True,
                 tokens=tokens,
+                first_token_ns=to_ns(first),
                 last_token_ns=at,
-                token_gaps_ns=gaps,
+                token_gaps=ev.pack_gaps(gaps),
                 cached_tokens=16,
             )
         )
