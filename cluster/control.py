@@ -10,7 +10,7 @@ from cluster.client import ClientActor
 from cluster.events import Event, FirstToken
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.seam import Cluster
 
 C = TypeVar("C", bound=ClientActor)

@@ -71,7 +71,8 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
 
     `tokens`: how many this task produced; `first_token_ns` and `last_token_ns`: when the first and the last of them
     was; `token_gaps`: the `tokens - 1` times between them, see `pack_gaps`. `cached_tokens`: of the prompt, not
-    computed; of these, `dram_tokens` and `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
+    computed; of these, `dram_tokens` and `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see
+    `KvSource.runs`.
     Of an engine that speculates: `draft_tokens` it guessed, `accepted_tokens` of these, and `draft_rejections`: how
     often a guess was wrong or missing where the output went on.
     """

@@ -13,8 +13,9 @@ from cluster.control import ControlPlane
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, Slo, Window
+from cluster.metrics import Slo, Window
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.latency import StepShape
-from cluster.metrics import Recorder, RequestTable, Window
+from cluster.metrics import RequestTable, Window
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import ExecutorSpec, Role, to_ns
 from experiments import build

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from cluster.metrics import NONE, Recorder, RequestTable, Slo, Window
+from cluster.metrics import RequestTable, Slo, Window
+from cluster.recorder import NONE, Recorder
 from cluster.vocabulary import NS_PER_S, Outcome, Stage
 from flowserve.core.record import StepSpan
 

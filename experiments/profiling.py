@@ -14,7 +14,7 @@ from cluster.actions import DispatchTask
 from cluster.control import Decision
 from cluster.events import FirstToken
 from cluster.latency import StepShape
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request, Trigger
 from cluster.streams import stream
 from cluster.vocabulary import Stage, to_s

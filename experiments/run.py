@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cluster.client import Client
 from cluster.control import ControlPlane
-from cluster.metrics import Recorder, summarise
+from cluster.metrics import summarise
+from cluster.recorder import Recorder
 from cluster.seam import Cluster
 from experiments import build
 from experiments.config import plain

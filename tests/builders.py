@@ -14,8 +14,8 @@ from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
 from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
 from flowserve.core.config import EngineConfig

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.metrics import Recorder, Slo, summarise
+from cluster.metrics import Slo, summarise
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from experiments import build
 from experiments.bench.harness import machine

@@ -14,8 +14,9 @@ from cluster.client import Client
 from cluster.control import ControlPlane, Decision, LogHeader
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, Slo, summarise
+from cluster.metrics import Slo, summarise
 from cluster.policy import ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Arrival, Trigger
 from cluster.seam import Cluster
 from cluster.vocabulary import Role

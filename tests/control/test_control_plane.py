@@ -15,7 +15,7 @@ from cluster.control import LOG_SCHEMA, ControlPlane, Decision, LogHeader
 from cluster.events import Event
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.relay import relayed
 from cluster.request import Answer, Arrival, KvSource, Task, Trigger
 from cluster.streams import stream

@@ -11,7 +11,8 @@ import pytest
 from cluster import events as ev
 from cluster.actions import LaunchExecutor
 from cluster.client import Client
-from cluster.metrics import Recorder, RequestTable, Slo, Window, percentile, summarise
+from cluster.metrics import RequestTable, Slo, Window, percentile, summarise
+from cluster.recorder import Recorder
 from cluster.vocabulary import FailureReason, Outcome, Stage, to_ns
 from tests.builders import load_report, make_arrival, make_request, make_spec, run_sim
 

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from cluster.events import ExecutorReady
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from experiments import build
 from experiments.config import CONF, compose
 from policies.dispatch.least_outstanding import LeastOutstanding

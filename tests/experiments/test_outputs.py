@@ -14,7 +14,8 @@ import pytest
 from cluster import events as ev
 from cluster.actions import LaunchExecutor
 from cluster.client import Client
-from cluster.metrics import Recorder, Slo, Window, summarise
+from cluster.metrics import Slo, Window, summarise
+from cluster.recorder import Recorder
 from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, Outcome, Role, Stage, to_ns
 from experiments import outputs

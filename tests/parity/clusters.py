@@ -11,8 +11,8 @@ from cluster.control import ControlPlane
 from cluster.events import Event
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from cluster.latency import StepShape
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from experiments import build, compose
 from sim.hardware import AllToAll, Hardware
 from sim.latency import Roofline

@@ -15,7 +15,8 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, RequestTable, Window
+from cluster.metrics import RequestTable, Window
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival
 from cluster.vocabulary import Outcome, to_ns
 from flowserve.core.config import EngineConfig
