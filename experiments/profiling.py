@@ -11,7 +11,7 @@ import numpy.typing as npt
 from omegaconf import DictConfig
 
 from cluster.actions import DispatchTask
-from cluster.control import Decision
+from cluster.decision_log import Decision
 from cluster.events import FirstToken
 from cluster.latency import StepShape
 from cluster.recorder import Recorder

@@ -11,7 +11,8 @@ import pytest
 from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
 from cluster.client import Client
-from cluster.control import ControlPlane, Decision, LogHeader
+from cluster.control import ControlPlane
+from cluster.decision_log import Decision, LogHeader
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.metrics import Slo, summarise

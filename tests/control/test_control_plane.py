@@ -11,7 +11,8 @@ from cluster import actions as act
 from cluster import events as ev
 from cluster.actions import Action
 from cluster.client import Client
-from cluster.control import LOG_SCHEMA, ControlPlane, Decision, LogHeader
+from cluster.control import ControlPlane
+from cluster.decision_log import LOG_SCHEMA, Decision, LogHeader
 from cluster.events import Event
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan

@@ -1,0 +1,223 @@
+"""What happened, noted while it happens: a row per request, the gaps between its tokens, loads, steps of scaling."""
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster import events as ev
+from cluster.actions import Action, LaunchExecutor
+from cluster.client import ClientActor
+from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome
+
+NONE = -1
+"""Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
+
+
+class _Live:
+    __slots__ = (
+        "accepted",
+        "arrival",
+        "attempts",
+        "cached",
+        "drafted",
+        "dram",
+        "first",
+        "gap_end",
+        "gaps",
+        "lag",
+        "last",
+        "preemptions",
+        "prompt",
+        "rejections",
+        "ssd",
+        "started",
+    )
+
+    def __init__(self, arrival: int, lag: int, prompt: int) -> None:
+        self.arrival = arrival
+        self.lag = lag
+        self.prompt = prompt
+        self.first = NONE
+        self.last = NONE
+        self.gap_end = NONE
+        self.gaps = array("q")
+        self.cached = 0
+        self.dram = 0
+        self.ssd = 0
+        self.preemptions = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.rejections = 0
+        self.attempts = 0
+        self.started = ""
+
+
+class Recorder:
+    """Turns events into records: per request, per load report, per step of scaling. Columns of integers."""
+
+    REQUEST_COLUMNS = (
+        "request_id",
+        "arrival_ns",
+        "lag_ns",
+        "first_token_ns",
+        "last_token_ns",
+        "prompt_tokens",
+        "output_tokens",
+        "cached_tokens",
+        "dram_tokens",
+        "ssd_tokens",
+        "preemptions",
+        "failed_tasks",
+        "draft_tokens",
+        "accepted_tokens",
+        "draft_rejections",
+    )
+
+    def __init__(self) -> None:
+        self._rows = array("q")
+        self.outcomes: list[str] = []
+        self.reasons: list[str] = []
+        self.executors: list[str] = []
+        self.gaps = array("q")
+        """Gaps between tokens in ns, request after request; `gap_counts` says how many are whose."""
+        self.gap_counts = array("q")
+        self.loads: list[ev.LoadReport] = []
+        self.scaling: list[tuple[int, str, str, int]] = []
+        """(time_ns, executor, what, took_ns): launches, stages, state changes."""
+        self.end_ns = 0
+        self._specs: dict[str, ExecutorSpec] = {}
+        self._held: dict[str, tuple[int, int]] = {}
+        self._live: dict[int, _Live] = {}
+
+    @property
+    def requests(self) -> dict[str, "array[int]"]:
+        """`REQUEST_COLUMNS` by name, a row per request in the order they ended."""
+        width = len(self.REQUEST_COLUMNS)
+        return {name: self._rows[place::width] for place, name in enumerate(self.REQUEST_COLUMNS)}
+
+    def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
+        """Note what an event says. `client` knows when its requests were due."""
+        if event.time > self.end_ns:
+            self.end_ns = event.time
+        note = _NOTES.get(type(event))
+        if note is not None:
+            note(self, event)
+        elif type(event) is ev.RequestArrived:
+            request = event.request
+            due = client.due[request.request_id]
+            self._live[request.request_id] = _Live(event.occurred, event.occurred - due, request.prompt_tokens)
+        for action in actions:
+            if type(action) is LaunchExecutor:
+                self._specs[action.executor] = action.spec
+                self._held[action.executor] = (event.time, NONE)
+                self.scaling.append((event.time, action.executor, "launch", 0))
+
+    def _first_token(self, event: ev.FirstToken) -> None:
+        live = self._live.get(event.request_id)
+        if live is not None and live.first == NONE:
+            live.first = live.last = live.gap_end = event.occurred
+
+    def _task_failed(self, event: ev.TaskFailed) -> None:
+        live = self._live.get(event.request_id)
+        if live is not None:
+            live.attempts += 1
+            live.gap_end = NONE  # when the lost executor's last token came is not known here
+
+    def _load_reported(self, event: ev.LoadReport) -> None:
+        if event.to == "cm":
+            self.loads.append(event)
+
+    def _scaled(self, event: ev.StageFinished | ev.ExecutorReady | ev.ExecutorDrained | ev.RoleSwitched) -> None:
+        took = 0
+        match event:
+            case ev.StageFinished():
+                what, took = str(event.stage), event.took_ns
+            case ev.ExecutorReady():
+                what = "ready"
+            case ev.ExecutorDrained():
+                what = "drained"
+            case ev.RoleSwitched():
+                what = f"serves {event.spec.role}"
+        self.scaling.append((event.occurred, event.executor, what, took))
+
+    def _gone(self, event: ev.ExecutorRetired | ev.ExecutorFailed) -> None:
+        what = "retired" if isinstance(event, ev.ExecutorRetired) else "failed"
+        self.scaling.append((event.occurred, event.executor, what, 0))
+        launched, until = self._held[event.executor]
+        self._held[event.executor] = (launched, event.occurred if until == NONE else until)
+
+    def _task_finished(self, event: ev.TaskFinished) -> None:
+        live = self._live.get(event.request_id)
+        if live is None:
+            return
+        live.preemptions += event.preemptions
+        if event.cached_tokens > live.cached:
+            live.cached, live.dram, live.ssd = event.cached_tokens, event.dram_tokens, event.ssd_tokens
+        if event.draft_tokens or event.draft_rejections:
+            live.drafted += event.draft_tokens
+            live.accepted += event.accepted_tokens
+            live.rejections += event.draft_rejections
+        live.started = live.started or event.executor
+        live.last = event.last_token_ns
+        if live.first != NONE and live.gap_end != NONE and event.first_token_ns > live.gap_end:
+            live.gaps.append(event.first_token_ns - live.gap_end)
+        live.gaps.frombytes(event.token_gaps)
+        live.gap_end = event.last_token_ns
+
+    def _ended(self, event: ev.RequestEnded) -> None:
+        self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
+
+    def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
+        self._rows.extend(
+            (
+                request_id,
+                live.arrival,
+                live.lag,
+                live.first,
+                live.last if outcome == Outcome.FINISHED else NONE,
+                live.prompt,
+                generated,
+                live.cached,
+                live.dram,
+                live.ssd,
+                live.preemptions,
+                live.attempts,
+                live.drafted,
+                live.accepted,
+                live.rejections,
+            )
+        )
+        self.gaps += live.gaps
+        self.gap_counts.append(len(live.gaps))
+        self.outcomes.append(str(outcome))
+        self.reasons.append(reason)
+        self.executors.append(live.started)
+
+    def censor(self) -> None:
+        """The run is over: what has not ended by now is recorded as unfinished."""
+        for request_id, live in list(self._live.items()):
+            self._append(request_id, live, "unfinished", "the run ended first", 0)
+        self._live.clear()
+
+    def npu_seconds(self) -> float:
+        """NPUs times seconds held, from launch to retirement (or to the end of the run)."""
+        held = 0
+        for name, (launched, until) in self._held.items():
+            held += self._specs[name].npus * ((self.end_ns if until == NONE else until) - launched)
+        return held / NS_PER_S
+
+
+_NOTES: dict[type, Callable[[Recorder, Any], None]] = {
+    ev.FirstToken: Recorder._first_token,
+    ev.TaskFinished: Recorder._task_finished,
+    ev.TaskFailed: Recorder._task_failed,
+    ev.RequestEnded: Recorder._ended,
+    ev.LoadReport: Recorder._load_reported,
+    ev.StageFinished: Recorder._scaled,
+    ev.ExecutorReady: Recorder._scaled,
+    ev.ExecutorDrained: Recorder._scaled,
+    ev.RoleSwitched: Recorder._scaled,
+    ev.ExecutorRetired: Recorder._gone,
+    ev.ExecutorFailed: Recorder._gone,
+}
+"""What is noted of each kind of event; of an arrival, more than it says."""
