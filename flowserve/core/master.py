@@ -10,6 +10,8 @@ from itertools import islice
 from operator import sub
 from typing import NamedTuple
 
+import numpy as np
+
 from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished, pack_gaps
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
@@ -56,9 +58,8 @@ class Master:
         self._copying: set[int] = set()
         self._leases: dict[int, str] = {}
         self._lost: set[str] = set()
-        # When each step of decodes ended that somebody may ask for, and how long after the one before.
+        # When each step of decodes ended that somebody may ask for.
         self._step_ends = array("q")
-        self._step_gaps = array("q")
         self._first_clock = 0
         self._most_ends = FEWEST_ENDS
         self._now = 0
@@ -276,12 +277,10 @@ class Master:
         samples, runs, base = entry.sample_times, sequence.runs, self._first_clock
         fetched = entry.task.kv is not None
         if len(samples) == (0 if fetched else 1) and len(runs) == 1 and runs[0][0] < runs[0][1]:  # never preempted
-            first, last = runs[0][0] - base, runs[0][1] - base
-            gaps = self._step_gaps[first + 1 : last].tobytes()
-            start = self._step_ends[first]
-            if fetched:
-                return start, gaps, last - first
-            return samples[0], pack_gaps((start - samples[0],)) + gaps, 1 + last - first
+            ends = self._step_ends[runs[0][0] - base : runs[0][1] - base]
+            if not fetched:
+                ends.insert(0, samples[0])
+            return ends[0], np.diff(np.frombuffer(ends, np.int64)).tobytes(), len(ends)
         times: list[int] = []
         # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
         late = int(fetched)
@@ -373,16 +372,10 @@ class Master:
                 self._fetched(task_id, False, now)
 
     def _note_ends(self, ends: Sequence[int]) -> None:
-        if self._step_ends:
-            self._step_gaps.append(ends[0] - self._step_ends[-1])
-        else:
-            self._step_gaps.append(0)  # nobody decoded before
-        self._step_gaps.extend(map(sub, islice(ends, 1, None), ends))
         self._step_ends.extend(ends)
         if len(self._step_ends) > self._most_ends:  # times that no sequence will ask for any more
             first = self.core.earliest_clock()
             del self._step_ends[: first - self._first_clock]
-            del self._step_gaps[: first - self._first_clock]
             self._first_clock = first
             self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
 
@@ -390,7 +383,6 @@ class Master:
         """With nothing under way, nobody asks for the times of earlier steps any more."""
         if not (self.core.num_running or self.core.num_waiting or self.core.in_flight):
             del self._step_ends[:]
-            del self._step_gaps[:]
             self._first_clock = self.core.clock.done
 
     def _emit(self, event: Event) -> None:

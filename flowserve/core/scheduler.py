@@ -200,7 +200,7 @@ class EngineCore:
         if not chunks and not sequences:
             return None
         self._plans += 1
-        shape = _shape(chunks, sequences, context, draft) if chunks else StepShape(0, 0, 0, sequences, context, draft)
+        shape = _shape(chunks, sequences, context, draft)
         plan = Plan(self._plans, chunks, decodes, verifies, last, self.clock.issued, shape)
         self.in_flight.append(plan)
         return plan
@@ -214,10 +214,9 @@ class EngineCore:
         assert oldest is plan, f"plan {plan.number} completed before plan {oldest.number}"
         if plan.decodes:
             self.clock.done = plan.clock
-        first_tokens = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if chunk.samples and sequence.status is not Status.ENDED:
+        first_tokens: list[Sequence] = []
+        for sequence, _, _, samples in plan.chunks:
+            if samples and sequence.status is not Status.ENDED:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
@@ -226,12 +225,17 @@ class EngineCore:
         verified: list[tuple[Sequence, int]] = []
         finished: list[Finished] = []
         if plan.last or stopped or plan.verifies:
-            ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
+            ending = set(plan.last)
+            for task_id in stopped:
+                stopping = self._sequences.get(task_id)
+                if stopping is not None:
+                    ending.add(stopping)
             if plan.verifies:
                 verified = self._apply_verifies(plan.verifies, accepted, ending)
-            live = [sequence for sequence in ending if sequence.status is not Status.ENDED]
             # In order of arrival, so that blocks are freed in one order whoever lists the stops.
-            finished = [self._finish(sequence, True) for sequence in sorted(live, key=_arrival)]
+            for sequence in ending if len(ending) == 1 else sorted(ending, key=_arrival):
+                if sequence.status is not Status.ENDED:
+                    finished.append(self._finish(sequence, True))
         for sequence in first_tokens:
             if sequence.status is Status.HELD:
                 finished.append(self._finish(sequence, False))
@@ -289,23 +293,18 @@ class EngineCore:
             self._advance_decodes(steps, len(batch))
         self._plans += steps
         for plan in self.in_flight:
-            plan.number += steps
-            plan.shape = plan.shape_after(steps)
-            if batch:
-                plan.clock += steps
-            if plan.chunks:
-                sequence, start, tokens, samples = plan.chunks[0]
-                plan.chunks = [Chunk(sequence, start + steps * tokens, tokens, samples)]
-                sequence.computed += steps * tokens
+            plan.advance(steps)
 
     def _advance_decodes(self, steps: int, sequences: int) -> None:
         phases, size, append_block = self._phases, self._size, self.rtc.append_block
         first = self.clock.issued
         for clock in range(first, first + steps):
-            for sequence in phases[clock % size].values():
-                blocks = sequence.blocks
-                if len(blocks) * size <= sequence.computed + clock - sequence.joined:
-                    append_block(blocks)
+            phase = phases[clock % size]
+            if phase:
+                for sequence in phase.values():
+                    blocks = sequence.blocks
+                    if len(blocks) * size <= sequence.computed + clock - sequence.joined:
+                        append_block(blocks)
         self.clock.issued = first + steps
         self.clock.done += steps
         self._decode_context += steps * sequences
@@ -743,4 +742,4 @@ def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -
     for _, start, count, _ in chunks:
         tokens += count
         attention += start * count + count * (count + 1) // 2
-    return StepShape(tokens, attention, len(chunks), decodes, decode_context, draft)
+    return tuple.__new__(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))
