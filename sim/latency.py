@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 from cluster.latency import LatencyModel, StepShape
 from cluster.vocabulary import NS_PER_S
@@ -117,7 +118,7 @@ class Fitted(Measured, LatencyModel):
     engines do not speculate.
     """
 
-    FEATURES = (
+    FEATURES: ClassVar[tuple[str, ...]] = (
         "step",
         "prefill_step",
         "prefill_tokens",

@@ -280,17 +280,18 @@ class Master:
             ends = self._step_ends[runs[0][0] - base : runs[0][1] - base]
             if not fetched:
                 ends.insert(0, samples[0])
-            return ends[0], np.diff(np.frombuffer(ends, np.int64)).tobytes(), len(ends)
-        times: list[int] = []
+            times = np.frombuffer(ends, np.int64)
+            return ends[0], (times[1:] - times[:-1]).tobytes(), len(ends)
+        stamps: list[int] = []
         # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
         late = int(fetched)
         for index in range(max(len(samples) + late, len(runs))):
             if index >= late and index - late < len(samples):
-                times.append(samples[index - late])
+                stamps.append(samples[index - late])
             if index < len(runs):
                 first, last = runs[index]
-                times += self._step_ends[first - base : last - base].tolist()
-        return times[0], pack_gaps(map(sub, islice(times, 1, None), times)), len(times)
+                stamps += self._step_ends[first - base : last - base].tolist()
+        return stamps[0], pack_gaps(map(sub, islice(stamps, 1, None), stamps)), len(stamps)
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)

@@ -588,7 +588,7 @@ class Rtc:
     def _evict(self, count: int) -> None:
         """Free `count` evictable blocks of HBM, from the ends of the leaves that go first."""
         self.evicted_blocks += count
-        hbm, queue, give_back = self._hbm, self._hbm.leaves, self.allocator.give_back
+        hbm, queue, given = self._hbm, self._hbm.leaves, list[int]()
         while count > 0:
             entry = heapq.heappop(queue)
             if _is_stale(entry, HBM, False):
@@ -605,7 +605,7 @@ class Rtc:
             hbm.cached -= taken
             self.evictable_blocks -= taken
             if taken == size:  # like `_drop`, of a leaf
-                give_back(blocks)
+                given += blocks
                 parent = node.parent
                 assert parent is not None
                 del parent.children[node.ids[0]]
@@ -617,9 +617,10 @@ class Rtc:
             keep = size - taken
             for child in list(node.children.values()):
                 self._drop(child)
-            give_back(blocks[keep:])
+            given += blocks[keep:]
             node.ids, node.blocks = node.ids[:keep], blocks[:keep]
             heapq.heappush(queue, entry)
+        self.allocator.give_back(given)
 
     def _drop(self, top: Node) -> None:
         """Forget a node and all below it, which nobody locks."""
