@@ -50,6 +50,7 @@ from flowserve.core.record import StepSpan
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
+from sim.alarm import NORMAL, Alarm
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
 
@@ -192,7 +193,7 @@ class SimCluster(Cluster):
         _PERFORM.get(type(action), SimCluster._relay)(self, action)
 
     def _set_timer(self, action: SetTimer) -> None:
-        self._at(max(0, action.at_ns - self.now()), lambda: self._timer(action))
+        self._at(max(0, action.at_ns - self.now()), partial(self._timer, action))
 
     def _abort(self, action: AbortTask) -> None:
         self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
@@ -363,7 +364,7 @@ class SimCluster(Cluster):
         segments = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
         num_bytes = len(move.source_blocks) * node.block_bytes
         done = self._tier_links[name].transfer(now, move.source, move.target, num_bytes, segments)
-        self._at(done - now, lambda: self._send(name, KvMoved(move.ticket, True), 0))
+        self._at(done - now, partial(self._send, name, KvMoved(move.ticket, True), 0))
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
         node, now = self._nodes[name], self.now()
@@ -371,31 +372,42 @@ class SimCluster(Cluster):
         num_bytes = len(transfer.blocks) * node.block_bytes
         done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
 
-        def end() -> None:  # a source that died in the middle took the rest of the KV cache with it
-            self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
+        self._at(done - now, partial(self._transferred, name, transfer))
 
-        self._at(done - now, end)
+    def _transferred(self, name: str, transfer: Transfer) -> None:
+        """A source that died in the middle took the rest of the KV cache with it."""
+        self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
 
     def _send(self, name: str, message: Message, delay: int) -> None:
-        def arrive() -> None:
-            executor = self.executors.get(name)
-            if executor is not None:
-                executor.receive(message)
-
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
-        self.env.timeout(delay).callbacks.append(lambda _: arrive())
+        self._after(delay, partial(self._arrive, name, message))
+
+    def _arrive(self, name: str, message: Message, _: simpy.Event) -> None:
+        executor = self.executors.get(name)
+        if executor is not None:
+            executor.receive(message)
 
     def _emit(self, event: ev.Event, delay: int = 0) -> None:
         if delay:
-            self._at(delay, lambda: self._events.append(event))
+            self._after(delay, partial(self._heard, event))
         else:
             self._events.append(event)
 
+    def _heard(self, event: ev.Event, _: simpy.Event) -> None:
+        self._events.append(event)
+
     def _at(self, delay: int, action: Callable[[], None]) -> None:
         if delay:
-            self.env.timeout(delay).callbacks.append(lambda _: action())
+            self._after(delay, partial(_call, action))
         else:
             action()
+
+    def _after(self, delay: int, callback: Callable[[simpy.Event], None]) -> None:
+        Alarm(self.env, delay, NORMAL, callback)
+
+
+def _call(action: Callable[[], None], _: simpy.Event) -> None:
+    action()
 
 
 _PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {

@@ -21,6 +21,7 @@ from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import NONE
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.task_executor import TaskExecutor
+from sim.alarm import Alarm
 
 LONGEST_SEGMENT = 4096
 STEPS_AT_A_TIME = 64
@@ -30,23 +31,6 @@ _BEFORE_ALL = -(1 << 40)
 
 def _nothing_right(verify: Verify) -> int:
     return 1
-
-
-class _StepEnd(simpy.Event):
-    """Fires ahead of everything else at its time: a step that ends as a message arrives has ended.
-
-    Steps that end at the same time do so in the order of the executors' numbers, not of when they were scheduled,
-    which a segment does earlier than single steps.
-    """
-
-    def __init__(
-        self, env: simpy.Environment, delay: int, priority: EventPriority, callback: Callable[[simpy.Event], None]
-    ) -> None:
-        self.env = env  # like SimPy's own timeouts, without the base class's detour
-        self.callbacks = [callback]
-        self._ok = True
-        self._value = None
-        env.schedule(self, priority, delay)
 
 
 class SimExecutor:
@@ -208,7 +192,12 @@ class SimExecutor:
             del ends[bisect_left(ends, due) + 1 :]
 
     def _wait_for(self, time: int) -> None:
-        self._timer = _StepEnd(self._env, time - int(self._env.now), self._priority, self._on_timer)
+        """Wake up ahead of everything else at that time: a step that ends as a message arrives has ended.
+
+        Steps that end at the same time do so in the order of the executors' numbers, not of when they were scheduled,
+        which a segment does earlier than single steps.
+        """
+        self._timer = Alarm(self._env, time - int(self._env.now), self._priority, self._on_timer)
 
     def _on_timer(self, timer: simpy.Event) -> None:
         if timer is not self._timer:

@@ -79,9 +79,7 @@ class Plan:
         less = sum(verify.draft for verify in wide) - sum(drafts)
         shape = self.shape
         self._steps = 0
-        self._shape = shape._replace(
-            decode_context=shape.decode_context - less, draft_tokens=shape.draft_tokens - less
-        )
+        self._shape = shape._replace(decode_context=shape.decode_context - less, draft_tokens=shape.draft_tokens - less)
 
     def shape_after(self, steps: int) -> StepShape:
         """Of what `EngineCore.advance` makes of this plan: decodes a token further each step, and of a prompt the next

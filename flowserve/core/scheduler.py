@@ -220,7 +220,8 @@ class EngineCore:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
-                self._keep(sequence)
+                if sequence.task.request.context_id is not None:
+                    self._keep(sequence)
                 first_tokens.append(sequence)
         verified: list[tuple[Sequence, int]] = []
         finished: list[Finished] = []
@@ -470,15 +471,18 @@ class EngineCore:
 
     def _fetched_tokens(self, transit: Transit | None) -> tuple[int, int]:
         """Tokens that come from DRAM and from SSD."""
-        nodes = [] if transit is None else transit.nodes
+        if transit is None:
+            return 0, 0
+        nodes = transit.nodes
         dram, ssd = (sum(len(node.blocks) for node in nodes if node.tier is tier) for tier in (Tier.DRAM, Tier.SSD))
         return dram * self._size, ssd * self._size
 
     def _keep(self, sequence: Sequence) -> None:
         """Preserve the prompt under the ID that the request gives, unless that names a beginning of it already."""
-        context, ids = sequence.task.request.context, self._ids[sequence.task_id][: sequence.tree_blocks]
-        if context is None or not ids or sequence.node is None:
+        context = sequence.task.request.context
+        if context is None or not sequence.tree_blocks or sequence.node is None:
             return
+        ids = self._ids[sequence.task_id][: sequence.tree_blocks]
         kept = self.rtc.kept(context)
         if not kept or len(kept) > len(ids) or kept[-1] != ids[len(kept) - 1]:
             self.rtc.keep(context, sequence.node, ids)
@@ -691,8 +695,7 @@ class EngineCore:
         """Put the full blocks of the first `valid_tokens` positions into the tree, for others to find."""
         ids = self._ids[sequence.task_id]
         full = min(valid_tokens // self._size, len(ids))
-        explicit = sequence.task.request.context is not None
-        if full > sequence.tree_blocks and (self.config.prefix_cache or explicit):
+        if full > sequence.tree_blocks and (self.config.prefix_cache or sequence.task.request.context_id is not None):
             assert sequence.node is not None
             sequence.node, duplicates = self.rtc.insert(
                 sequence.node, sequence.tree_blocks, ids[:full], sequence.blocks
