@@ -5,6 +5,7 @@ Times are integer nanoseconds from the start of the run. Actors read the time fr
 
 from array import array
 from collections.abc import Iterable
+from itertools import pairwise
 
 import msgspec
 
@@ -12,9 +13,9 @@ from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, ExecutorState, FailureReason, Outcome, Stage
 
 
-def pack_gaps(gaps_ns: Iterable[int]) -> bytes:
-    """Times between tokens in ns as 8-byte integers: the hundreds of an answer are copied at once."""
-    return array("q", gaps_ns).tobytes()
+def pack_times(times_ns: Iterable[int]) -> bytes:
+    """Times in ns as 8-byte integers, the first one first: the hundreds of an answer are copied at once."""
+    return array("q", times_ns).tobytes()
 
 
 class EventBase(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -69,10 +70,9 @@ class TaskProgress(EventBase, frozen=True, tag=True, kw_only=True):
 class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     """A task is done. `stopped`: the request is complete; a prefill task that is not stopped holds its KV cache.
 
-    `tokens`: how many this task produced; `first_token_ns` and `last_token_ns`: when the first and the last of them
-    was; `token_gaps`: the `tokens - 1` times between them, see `pack_gaps`. `cached_tokens`: of the prompt, not
-    computed; of these, `dram_tokens` and `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see
-    `KvSource.runs`.
+    `tokens`: how many this task produced; `token_times`: when, see `pack_times`; `last_token_ns`: the last of these.
+    `cached_tokens`: of the prompt, not computed; of these, `dram_tokens` and `ssd_tokens` were fetched from those
+    tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
     Of an engine that speculates: `draft_tokens` it guessed, `accepted_tokens` of these, and `draft_rejections`: how
     often a guess was wrong or missing where the output went on.
     """
@@ -83,9 +83,8 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     generated: int
     stopped: bool
     tokens: int
-    first_token_ns: int
     last_token_ns: int
-    token_gaps: bytes = b""
+    token_times: bytes
     cached_tokens: int = 0
     dram_tokens: int = 0
     ssd_tokens: int = 0
@@ -97,8 +96,8 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
 
     @property
     def token_gaps_ns(self) -> tuple[int, ...]:
-        """`token_gaps` as numbers."""
-        return tuple(array("q", self.token_gaps))
+        """Times between the tokens."""
+        return tuple(later - earlier for earlier, later in pairwise(array("q", self.token_times)))
 
 
 class TaskFailed(EventBase, frozen=True, tag=True, kw_only=True):

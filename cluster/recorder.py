@@ -4,6 +4,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
 from cluster.client import ClientActor
@@ -13,17 +15,23 @@ NONE = -1
 """Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
 
 
+TIMES_AT_ONCE = 1 << 16
+"""Of so many tokens the gaps are computed together."""
+
+
 class _Live:
+    """`times` of tokens; `breaks`: places in it before which it is not known how long the pause was."""
+
     __slots__ = (
         "accepted",
         "arrival",
         "attempts",
+        "breaks",
         "cached",
         "drafted",
         "dram",
         "first",
         "gap_end",
-        "gaps",
         "lag",
         "last",
         "preemptions",
@@ -31,6 +39,7 @@ class _Live:
         "rejections",
         "ssd",
         "started",
+        "times",
     )
 
     def __init__(self, arrival: int, lag: int, prompt: int) -> None:
@@ -40,7 +49,8 @@ class _Live:
         self.first = NONE
         self.last = NONE
         self.gap_end = NONE
-        self.gaps = array("q")
+        self.times = array("q")
+        self.breaks: list[int] | None = None
         self.cached = 0
         self.dram = 0
         self.ssd = 0
@@ -75,12 +85,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self._rows = array("q")
+        self._gaps = array("q")
+        self._times = array("q")  # of tokens whose gaps are not computed yet: of many requests at once that is fast
+        self._no_gaps = array("q")  # places in it that begin something
         self.outcomes: list[str] = []
         self.reasons: list[str] = []
         self.executors: list[str] = []
-        self.gaps = array("q")
-        """Gaps between tokens in ns, request after request; `gap_counts` says how many are whose."""
         self.gap_counts = array("q")
+        """How many of `gaps` are of each request."""
         self.loads: list[ev.LoadReport] = []
         self.scaling: list[tuple[int, str, str, int]] = []
         """(time_ns, executor, what, took_ns): launches, stages, state changes."""
@@ -94,6 +106,20 @@ class Recorder:
         """`REQUEST_COLUMNS` by name, a row per request in the order they ended."""
         width = len(self.REQUEST_COLUMNS)
         return {name: self._rows[place::width] for place, name in enumerate(self.REQUEST_COLUMNS)}
+
+    @property
+    def gaps(self) -> "array[int]":
+        """Gaps between tokens in ns, request after request; `gap_counts` says how many are whose."""
+        self._find_gaps()
+        return self._gaps
+
+    def _find_gaps(self) -> None:
+        if self._times:
+            times = np.frombuffer(self._times, np.int64)
+            gaps = np.delete(np.diff(times), np.frombuffer(self._no_gaps, np.int64)[1:] - 1)
+            self._gaps.frombytes(gaps.tobytes())
+            del times
+            del self._times[:], self._no_gaps[:]
 
     def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
         """Note what an event says. `client` knows when its requests were due."""
@@ -159,9 +185,13 @@ class Recorder:
             live.rejections += event.draft_rejections
         live.started = live.started or event.executor
         live.last = event.last_token_ns
-        if live.first != NONE and live.gap_end != NONE and event.first_token_ns > live.gap_end:
-            live.gaps.append(event.first_token_ns - live.gap_end)
-        live.gaps.frombytes(event.token_gaps)
+        before, times = live.gap_end, live.times
+        place = len(times)
+        times.frombytes(event.token_times)
+        if place and (before == NONE or times[place] <= before):
+            live.breaks = [*(live.breaks or ()), place]
+        elif not place and NONE != before < times[0]:
+            times.insert(0, before)
         live.gap_end = event.last_token_ns
 
     def _ended(self, event: ev.RequestEnded) -> None:
@@ -187,8 +217,18 @@ class Recorder:
                 live.rejections,
             )
         )
-        self.gaps += live.gaps
-        self.gap_counts.append(len(live.gaps))
+        times, start = live.times, len(self._times)
+        gaps = 0
+        if times:
+            self._times += times
+            self._no_gaps.append(start)
+            gaps = len(times) - 1
+            if live.breaks is not None:
+                self._no_gaps.extend([start + place for place in live.breaks])
+                gaps -= len(live.breaks)
+            if len(self._times) > TIMES_AT_ONCE:
+                self._find_gaps()
+        self.gap_counts.append(gaps)
         self.outcomes.append(str(outcome))
         self.reasons.append(reason)
         self.executors.append(live.started)

@@ -6,13 +6,9 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
-from operator import sub
 from typing import NamedTuple
 
-import numpy as np
-
-from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished, pack_gaps
+from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
@@ -246,7 +242,7 @@ class Master:
     def _finished(self, sequence: EngineSequence, held: bool, now: int) -> None:
         entry = self._entries.pop(sequence.task_id)
         self._outbox.forgotten.append(sequence.task_id)
-        first, gaps, tokens = self._token_times(sequence, entry)
+        times = self._token_times(sequence, entry)
         self._emit(
             TaskFinished(
                 to=entry.job_executor,
@@ -257,10 +253,9 @@ class Master:
                 executor=self.name,
                 generated=sequence.generated,
                 stopped=not held,
-                tokens=tokens,
-                first_token_ns=first,
+                tokens=len(times),
                 last_token_ns=now,
-                token_gaps=gaps,
+                token_times=times.tobytes(),
                 cached_tokens=sequence.cached_tokens,
                 dram_tokens=sequence.fetched_tokens[0],
                 ssd_tokens=sequence.fetched_tokens[1],
@@ -272,26 +267,20 @@ class Master:
             )
         )
 
-    def _token_times(self, sequence: EngineSequence, entry: _Entry) -> tuple[int, bytes, int]:
-        """(time of the first token, gaps between all, how many) of a sequence that is done."""
+    def _token_times(self, sequence: EngineSequence, entry: _Entry) -> "array[int]":
+        """When the tokens of a sequence that is done came."""
         samples, runs, base = entry.sample_times, sequence.runs, self._first_clock
-        fetched = entry.task.kv is not None
-        if len(samples) == (0 if fetched else 1) and len(runs) == 1 and runs[0][0] < runs[0][1]:  # never preempted
-            ends = self._step_ends[runs[0][0] - base : runs[0][1] - base]
-            if not fetched:
-                ends.insert(0, samples[0])
-            times = np.frombuffer(ends, np.int64)
-            return ends[0], (times[1:] - times[:-1]).tobytes(), len(ends)
-        stamps: list[int] = []
         # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
-        late = int(fetched)
-        for index in range(max(len(samples) + late, len(runs))):
-            if index >= late and index - late < len(samples):
-                stamps.append(samples[index - late])
+        late = int(entry.task.kv is not None)
+        times = array("q")
+        if late and runs:
+            times += self._step_ends[runs[0][0] - base : runs[0][1] - base]
+        for index, sample in enumerate(samples, late):
+            times.append(sample)
             if index < len(runs):
                 first, last = runs[index]
-                stamps += self._step_ends[first - base : last - base].tolist()
-        return stamps[0], pack_gaps(map(sub, islice(stamps, 1, None), stamps)), len(stamps)
+                times += self._step_ends[first - base : last - base]
+        return times
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)

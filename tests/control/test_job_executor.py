@@ -100,8 +100,8 @@ class Desk:
                 generated=generated,
                 stopped=stopped,
                 tokens=generated - dispatch.task.generated,
-                first_token_ns=self.now,
                 last_token_ns=self.now,
+                token_times=ev.pack_times([self.now]),
             )
         )
 

@@ -1,7 +1,6 @@
 """Every metric on runs small enough to be worked out by hand."""
 
 import math
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -41,7 +40,6 @@ class Book:
     def task(self, number: int, *times: float, stopped: bool = True, executor: str = "te-0", **more: int) -> None:
         """A task that produced tokens at these times."""
         stamps = [to_ns(time) for time in times]
-        gaps = tuple(later - earlier for earlier, later in pairwise(stamps))
         self.hear(
             ev.TaskFinished(
                 to="je-0",
@@ -53,9 +51,8 @@ class Book:
                 generated=len(times),
                 stopped=stopped,
                 tokens=len(times),
-                first_token_ns=stamps[0],
                 last_token_ns=stamps[-1],
-                token_gaps=ev.pack_gaps(gaps),
+                token_times=ev.pack_times(stamps),
                 **more,
             )
         )

@@ -49,7 +49,7 @@ def recorded() -> Recorder:
         at = to_ns(first)
         hear(ev.FirstToken(to="je-0", time=at, occurred=at, request_id=request_id, task_id=0, executor="te-0"))
         at = to_ns(last)
-        gaps = (to_ns(last - first) // (tokens - 1),) * (tokens - 1) if tokens > 1 else ()
+        times = [round(time) for time in np.linspace(to_ns(first), at, tokens)] if tokens > 1 else [at]
         hear(
             ev.TaskFinished(
                 to="je-0",
@@ -61,9 +61,8 @@ def recorded() -> Recorder:
                 generated=tokens,
                 stopped=True,
                 tokens=tokens,
-                first_token_ns=to_ns(first),
                 last_token_ns=at,
-                token_gaps=ev.pack_gaps(gaps),
+                token_times=ev.pack_times(times),
                 cached_tokens=16,
             )
         )
