@@ -65,6 +65,7 @@ class RequestTable:
         gaps = np.frombuffer(recorder.gaps, np.int64) if len(recorder.gaps) else np.zeros(0, np.int64)
         self.itl: Floats = gaps[np.repeat(keep, np.array(recorder.gap_counts, np.int64))] / NS_PER_S
         self.outcome = np.array(recorder.outcomes, dtype=object)[keep] if len(keep) else np.zeros(0, object)
+        self.model = np.array(recorder.models, dtype=object)[keep] if len(keep) else np.zeros(0, object)
 
     def __len__(self) -> int:
         return len(self.outcome)
@@ -146,3 +147,29 @@ def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dic
     summary["lag_p99_s"] = percentile(lags, 99)
     summary["lag_max_s"] = float(lags.max()) if len(lags) else float("nan")
     return summary
+
+
+def by_model(recorder: Recorder, slo: Slo, window: Window | None = None) -> dict[str, dict[str, float]]:
+    """The main metrics of the requests for each model, the most asked for first: same names as in `summarise`, rates
+    over the span of all requests. NPU-seconds are those of executors that serve the model.
+    """
+    table = RequestTable(recorder, window or Window())
+    if not len(table):
+        return {}
+    names, codes = np.unique(table.model.astype(str), return_inverse=True)
+    met, finished = table.met(slo), table.outcome == str(Outcome.FINISHED)
+    arrivals, ends = table.columns["arrival_ns"], table.columns["last_token_ns"]
+    span = (max(int(arrivals.max()), int(ends.max())) - int(arrivals.min())) / NS_PER_S
+    times = (("ttft", table.ttft), ("tpot", table.tpot), ("e2e", table.e2e))
+    found = {}
+    for code in np.argsort(-np.bincount(codes), kind="stable"):
+        of_model, name = codes == code, str(names[code])
+        summary: dict[str, float] = {"requests": int(of_model.sum()), "finished": int(finished[of_model].sum())}
+        for metric, values in times:
+            chosen = values[of_model]
+            summary |= {f"{metric}_p{share}_s": percentile(chosen, share) for share in (50, 99)}
+        summary["slo_attainment"] = float(met[of_model].mean())
+        summary["goodput_rps"] = float(met[of_model].sum()) / span if span else float("nan")
+        summary["npu_seconds"] = recorder.npu_seconds(name)
+        found[name] = summary
+    return found

@@ -34,6 +34,7 @@ class _Live:
         "gap_end",
         "lag",
         "last",
+        "model",
         "preemptions",
         "prompt",
         "rejections",
@@ -42,10 +43,11 @@ class _Live:
         "times",
     )
 
-    def __init__(self, arrival: int, lag: int, prompt: int) -> None:
+    def __init__(self, arrival: int, lag: int, prompt: int, model: str) -> None:
         self.arrival = arrival
         self.lag = lag
         self.prompt = prompt
+        self.model = model
         self.first = NONE
         self.last = NONE
         self.gap_end = NONE
@@ -91,6 +93,7 @@ class Recorder:
         self.outcomes: list[str] = []
         self.reasons: list[str] = []
         self.executors: list[str] = []
+        self.models: list[str] = []
         self.gap_counts = array("q")
         """How many of `gaps` are of each request."""
         self.loads: list[ev.LoadReport] = []
@@ -131,7 +134,9 @@ class Recorder:
         elif type(event) is ev.RequestArrived:
             request = event.request
             due = client.due[request.request_id]
-            self._live[request.request_id] = _Live(event.occurred, event.occurred - due, request.prompt_tokens)
+            self._live[request.request_id] = _Live(
+                event.occurred, event.occurred - due, request.prompt_tokens, request.model
+            )
         for action in actions:
             if type(action) is LaunchExecutor:
                 self._specs[action.executor] = action.spec
@@ -232,6 +237,7 @@ class Recorder:
         self.outcomes.append(str(outcome))
         self.reasons.append(reason)
         self.executors.append(live.started)
+        self.models.append(live.model)
 
     def censor(self) -> None:
         """The run is over: what has not ended by now is recorded as unfinished."""
@@ -239,11 +245,14 @@ class Recorder:
             self._append(request_id, live, "unfinished", "the run ended first", 0)
         self._live.clear()
 
-    def npu_seconds(self) -> float:
-        """NPUs times seconds held, from launch to retirement (or to the end of the run)."""
+    def npu_seconds(self, model: str | None = None) -> float:
+        """NPUs times seconds held, from launch to retirement (or to the end of the run); by one model's executors,
+        where it is named.
+        """
         held = 0
         for name, (launched, until) in self._held.items():
-            held += self._specs[name].npus * ((self.end_ns if until == NONE else until) - launched)
+            if model is None or self._specs[name].model == model:
+                held += self._specs[name].npus * ((self.end_ns if until == NONE else until) - launched)
         return held / NS_PER_S
 
 

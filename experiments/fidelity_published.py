@@ -17,7 +17,7 @@ from cluster.vocabulary import ExecutorSpec, Role, to_ns
 from experiments import build
 from experiments.config import compose
 from sim.hardware import Hardware
-from sim.latency import Roofline
+from sim.roofline import Roofline
 
 TERMS = ("efficiency_gemm", "efficiency_bandwidth", "step_overhead_s")
 """What is fitted to a machine's first half of requests."""

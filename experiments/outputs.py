@@ -73,7 +73,7 @@ def write_run(
     real), `basis` (what the times rest on, as "kind: source" or a list of such; kinds are measured, published, derived,
     calibrated), `trace` (where the requests come from), `stand_in` (true: generated in place of a missing file),
     `seed`, `time` (ISO date and time), `machine`, `commit`, `versions` ({package: version}), `config` (nested, as
-    composed) and `notes` (sentences).
+    composed), `models` (the main metrics by model) and `notes` (sentences).
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
@@ -115,9 +115,9 @@ def read_summary(folder: Path) -> RunSummary:
 def read_requests(folder: Path) -> "pd.DataFrame":
     """One row per request, in the order they ended. ValueError: no such file, or one of another schema.
 
-    The columns of `Recorder`; `outcome`, `reason`, `executor` (that of the first task to finish); `ttft_s`, `tpot_s`
-    and `e2e_s`, NaN where the request never got that far; `in_window`: it counts in the metrics; `slo_met`, and
-    `ttft_met`, `tpot_met`, `e2e_met`: it finished and met all objectives, or this one (null: no such objective).
+    The columns of `Recorder`; `outcome`, `reason`, `executor` (that of the first task to finish) and `model`; `ttft_s`,
+    `tpot_s` and `e2e_s`, NaN where the request never got that far; `in_window`: it counts in the metrics; `slo_met`,
+    and `ttft_met`, `tpot_met`, `e2e_met`: it finished and met all objectives, or this one (null: no such objective).
     """
     return _read_table(folder / "requests.parquet")
 
@@ -183,6 +183,7 @@ def _request_columns(recorder: Recorder, slo: Slo, window: Window) -> dict[str, 
     for name in ("first_token_ns", "last_token_ns"):
         columns[name] = np.ma.masked_equal(columns[name], NONE)
     columns |= {"outcome": recorder.outcomes, "reason": recorder.reasons, "executor": recorder.executors}
+    columns["model"] = recorder.models
     columns |= {"ttft_s": table.ttft, "tpot_s": table.tpot, "e2e_s": table.e2e, "in_window": in_window}
     columns["slo_met"] = table.met(slo)
     for name, limit in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s), ("e2e", slo.e2e_s)):

@@ -100,6 +100,7 @@ def write_report(path: Path, title: str, runs: Sequence[ReportRun], comparison: 
         _head(title, loaded),
         _alerts(loaded, unread),
         _main_metrics(loaded),
+        _models(loaded),
         _differences(loaded),
         _errors([row for row in comparison if row.reference is not None]),
         _attainment(loaded),
@@ -306,6 +307,22 @@ def _main_metrics(runs: Sequence[Run]) -> str:
     head = ["Run", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
     note = "Best of each column in bold." if best else ""
     return _section("Results", _table(head, body), note)
+
+
+def _models(runs: Sequence[Run]) -> str:
+    """The main metrics by model, of runs that served several."""
+    body = []
+    for run in runs:
+        for name, metrics in (run.said("models") or {}).items():
+            row = Row(name, metrics)
+            cells = [_text(name), count(metrics["requests"]), count(metrics["finished"])]
+            body.append(
+                [*([_named(run, runs)] if len(runs) > 1 else []), *cells, *(_value(m, row.value(m)) for m in METRICS)]
+            )
+    units = {"/s": "/s", "NPU s": " (s)"}
+    head = ["Model", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
+    head = ["Run", *head] if len(runs) > 1 else head
+    return _section("By model", _table(head, body) if body else "", "The most asked for first.")
 
 
 def _tiles(run: Run) -> str:
@@ -522,7 +539,7 @@ def _basis(runs: Sequence[Run]) -> str:
 
 
 def _printed(run: Run) -> str:
-    keep = {key: value for key, value in run.summary.provenance.items() if key not in ("basis", "notes")}
+    keep = {key: value for key, value in run.summary.provenance.items() if key not in ("basis", "models", "notes")}
     return json.dumps(keep, indent=2, ensure_ascii=False)
 
 

@@ -11,11 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from cluster.client import Client
 from cluster.control import ControlPlane
-from cluster.metrics import summarise
+from cluster.metrics import by_model, summarise
 from cluster.recorder import Recorder
 from cluster.seam import Cluster
 from experiments import build
 from experiments.config import plain
+from experiments.models import served
 from experiments.progress import ProgressBar
 from flowserve.core.record import StepSpan
 
@@ -25,7 +26,8 @@ _TICK = 512
 class RunResult(NamedTuple):
     """What a run leaves: its folder, the metrics by name (times in seconds), the records behind them.
 
-    `source`: where the workload is from, a stand-in said to be one.
+    `source`: where the workload is from, a stand-in said to be one. `models`: the main metrics by model, where requests
+    asked for several. `notes`: what a reader of the results must know.
     """
 
     folder: Path
@@ -33,6 +35,8 @@ class RunResult(NamedTuple):
     recorder: Recorder
     interrupted: bool
     source: str
+    models: dict[str, dict[str, float]]
+    notes: list[str]
 
 
 def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -> RunResult:
@@ -64,8 +68,11 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    _write(folder, cfg, recorder, summary, workload, slo, window, build.steps(cluster, folder), build.notes(cluster))
-    return RunResult(folder, summary, recorder, interrupted, workload.source)
+    models = by_model(recorder, slo, window) if len(set(recorder.models)) > 1 else {}
+    notes = build.notes(cluster)
+    about = provenance(cfg, workload) | {"notes": notes} | ({"models": models} if models else {})
+    _write(folder, cfg, recorder, summary, about, slo, window, build.steps(cluster, folder))
+    return RunResult(folder, summary, recorder, interrupted, workload.source, models, notes)
 
 
 def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
@@ -97,15 +104,14 @@ def _write(
     cfg: DictConfig,
     recorder: Recorder,
     summary: Any,
-    workload: Any,
+    about: dict[str, Any],
     slo: Any,
     window: Any,
     steps: Iterable[StepSpan],
-    notes: list[str],
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, steps)
+    write_run(folder, recorder, summary, about, slo, window, steps)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 
@@ -115,7 +121,9 @@ def _write(
 def title(cfg: DictConfig) -> str:
     """A run in a few words."""
     policy = str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1]
-    return f"{policy} on {cfg.backend.name} {cfg.hardware.name}, {build.model_name(cfg)}"
+    models = served(cfg)
+    what = next(iter(models)) if len(models) == 1 else f"{len(models)} models"
+    return f"{policy} on {cfg.backend.name} {cfg.hardware.name}, {what}"
 
 
 def provenance(cfg: DictConfig, workload: build.Workload) -> dict[str, Any]:

@@ -134,6 +134,7 @@ class SimCluster(Cluster):
         self._record = self.steps.append if record else None
         self.env = simpy.Environment()
         self.executors: dict[str, SimExecutor] = {}
+        self._peers: dict[str, dict[str, SimExecutor]] = {}  # by model: those that may exchange KV cache
         self._node_for = node_for
         self._report_to = tuple(actor for actor in actors if actor != "client")
         self._report_period_ns = to_ns(report_period_s)
@@ -267,7 +268,7 @@ class SimCluster(Cluster):
         latency = node.latency()
         if latency not in self.latencies:
             self.latencies.append(latency)
-        self.executors[action.executor] = SimExecutor(
+        executor = SimExecutor(
             self.env,
             shell,
             latency,
@@ -280,6 +281,8 @@ class SimCluster(Cluster):
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
         )
+        self.executors[action.executor] = executor
+        self._peers.setdefault(action.spec.model, {})[action.executor] = executor
         self._emit(
             ev.ExecutorReady(
                 to="cm",
@@ -317,10 +320,12 @@ class SimCluster(Cluster):
         if executor is None:
             return
         executor.kill()
+        peers = self._peers[executor.shell.shell.spec.model]
+        del peers[name]
         for task_id, (job_executor, task) in self._tasks.pop(name).items():
             sequence = executor.shell.core.sequence(task_id)
             self._lose(name, job_executor, task, task.generated if sequence is None else sequence.generated)
-        for other in self.executors.values():
+        for other in peers.values():
             other.receive(PeerLost(name))
 
     def _lose(self, executor: str, job_executor: str, task: Task, generated: int) -> None:

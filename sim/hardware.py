@@ -20,7 +20,8 @@ class Hardware(msgspec.Struct, frozen=True):
 
     `flops`: dense 16-bit peak; `flops_8bit`: the same for 8-bit weights, 0 where there is no such unit. `efficiency_*`:
     share of the peak that real kernels and collectives reach. `step_overhead_s`: host time per step, graph launch
-    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed.
+    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed; `kernel_fixed_s`: what a
+    small kernel takes on the device beside moving its bytes, in graphs too.
 
     `node_npus` are joined by `peer_*`: a mesh (each pair has its own link, together `peer_bytes_per_s` per NPU), a
     switch (all of it to anyone) or a ring; `peer_latency_s` per phase of a collective. Beyond the node, collectives go
@@ -51,6 +52,7 @@ class Hardware(msgspec.Struct, frozen=True):
     ssd_latency_s: float
     flops_8bit: float = 0.0
     kernel_launch_s: float = 0.0
+    kernel_fixed_s: float = 0.0
     node_npus: int = 1
     topology: Literal["mesh", "switch", "ring"] = "switch"
     peer_bytes_per_s: float = 0.0
