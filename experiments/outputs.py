@@ -230,12 +230,32 @@ def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {
-        name: pa.array(values, pa.string()) if isinstance(values, list) else pa.array(values, from_pandas=True)
-        for name, values in columns.items()
-    }
-    table = pa.table(arrays).replace_schema_metadata({_KEY: SCHEMAS[path.name]})
+    arrays = [_array(values) for values in columns.values()]
+    table = pa.Table.from_arrays(arrays, names=list(columns), metadata={_KEY: SCHEMAS[path.name]})
     pq.write_table(table, path, compression="zstd")
+
+
+def _array(values: Any) -> Any:
+    """A column of pyarrow, null where a float is NaN or a masked value is masked.
+
+    Made from buffers: whatever goes through `pyarrow.array` imports pandas, which takes longer than all the writing.
+    """
+    import pyarrow as pa
+
+    size = len(values)
+    if isinstance(values, list):
+        texts = [value.encode() for value in values]
+        ends = np.zeros(size + 1, np.int32)
+        np.cumsum(np.fromiter(map(len, texts), np.int32, size), out=ends[1:])
+        return pa.StringArray.from_buffers(size, pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
+    data, missing = np.ma.getdata(values), np.ma.getmaskarray(values)
+    if data.dtype.kind == "f":
+        missing = missing | np.isnan(data)
+    kind = pa.from_numpy_dtype(data.dtype)
+    if data.dtype.kind == "b":
+        data = np.packbits(data, bitorder="little")
+    valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
+    return pa.Array.from_buffers(kind, size, [valid, pa.py_buffer(np.ascontiguousarray(data))])
 
 
 # -- JSON ---------------------------------------------------------------------------------------------------------
