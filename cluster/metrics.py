@@ -13,6 +13,8 @@ last (but `npu_seconds`, which is of the whole run). Times of a request are take
 is how late the client was in sending.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 import numpy.typing as npt

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
+from cluster import cost
 from cluster.acceptance import Acceptance
 from cluster.client import Client
 from cluster.control import ControlPlane
@@ -82,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True):
     warmup_s: float
     cooldown_s: float
     profile_max_prompt: int
+    electricity_per_kwh: float
     decisions: bool
     report: bool
     progress: bool
@@ -145,6 +147,8 @@ def check_types(cfg: DictConfig) -> None:
     ):
         typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
+    if cfg.electricity_per_kwh < 0:
+        raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")
     for field in ("report_period_s", "step_s", "prefill_token_s"):
         if cfg.backend.get(field, 0.0) < 0:
             raise ValueError(f"backend.{field} is {cfg.backend[field]}: allowed are seconds from 0 up")
@@ -291,6 +295,12 @@ def hardware_of(cfg: DictConfig, spec: ExecutorSpec) -> Hardware:
         options = ", ".join(sorted(option.stem for option in (CONF / "hardware").glob("*.yaml")))
         raise ValueError(f"fleet.groups: hardware {spec.hardware!r} is not one of {options}, nor a YAML file")
     return typed(OmegaConf.load(file), Hardware, str(file))
+
+
+def costs(cfg: DictConfig, recorder: Recorder) -> dict[str, float]:
+    """What a run cost, each executor at the rates of its own hardware, see `cluster.cost`."""
+    rates = {spec: hardware_of(cfg, spec).rates for spec in {each.spec for each in recorder.held()}}
+    return cost.costs(recorder, rates.__getitem__, float(cfg.electricity_per_kwh))
 
 
 def engine_config(cfg: DictConfig, spec: ExecutorSpec) -> EngineConfig:

@@ -3,7 +3,7 @@
 | file | one row or entry per | schema |
 |---|---|---|
 | requests.parquet | request | deepflow-requests/1 |
-| executors.parquet | load report | deepflow-executors/1 |
+| executors.parquet | load report | deepflow-executors/2 |
 | scaling.parquet | step in the life of an executor | deepflow-scaling/1 |
 | timeline.json | span, for ui.perfetto.dev | deepflow-timeline/1 |
 | summary.json | metric, and what the run rests on | deepflow-summary/1 |
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SCHEMAS = {
     "requests.parquet": "deepflow-requests/1",
-    "executors.parquet": "deepflow-executors/1",
+    "executors.parquet": "deepflow-executors/2",
     "scaling.parquet": "deepflow-scaling/1",
     "summary.json": "deepflow-summary/1",
     "timeline.json": "deepflow-timeline/1",
@@ -127,7 +127,7 @@ def read_executors(folder: Path) -> "pd.DataFrame":
 
     `time_s`: when the executor was in this state; `age_s`: how old the report was on arrival; `waiting` and `running`
     requests; `waiting_tokens` of prompts; blocks of KV cache: `kv_used` by requests, `kv_total`, and `cached_blocks`
-    with an identity, in use or not; `generated_tokens` and `preemptions` since the executor started.
+    with an identity, in use or not; `generated_tokens`, `preemptions` and `busy_s` since the executor started.
     """
     return _read_table(folder / "executors.parquet")
 
@@ -212,6 +212,7 @@ def _executor_columns(recorder: Recorder) -> dict[str, Any]:
         "cached_blocks": column(load.cached_blocks for load in loads),
         "generated_tokens": column(load.generated_tokens for load in loads),
         "preemptions": column(load.preemptions for load in loads),
+        "busy_s": column(load.busy_ns for load in loads) / NS_PER_S,
         "age_s": (column(load.time for load in loads) - occurred) / NS_PER_S,
     }
 

@@ -38,7 +38,8 @@ class RunResult(NamedTuple):
 def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, spent_s: float = 0.0) -> RunResult:
     """Run one experiment and write its results to `folder` (default: `cfg.out`, else a new folder below `runs/`).
 
-    `spent_s`: seconds that went by before this call and count as start-up (`startup_s` in the summary). Raises ValueError for whatever the user can mend. Ctrl-C ends the run early; what there is, is written.
+    `spent_s`: seconds that went by before this call and count as start-up (`startup_s` in the summary). Raises
+    ValueError for whatever the user can mend. Ctrl-C ends the run early; what there is, is written.
     """
     called = time.monotonic()
     folder = folder or (Path(cfg.out) if cfg.out else _new_folder(str(cfg.backend.name)))
@@ -62,6 +63,7 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, s
             raise KeyboardInterrupt  # before the first request: there is nothing to write
         raise ValueError("no request arrived: the trace is empty, or every arrival waits for one that never comes")
     summary = summarise(recorder, slo, window)
+    summary |= build.costs(cfg, recorder)
     summary["startup_s"] = spent_s + started - called
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
