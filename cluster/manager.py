@@ -116,6 +116,10 @@ class ClusterManager:
             case _:
                 return []
 
+    def loads(self) -> dict[ExecutorSpec, GroupLoad]:
+        """Every TE group as it is known here."""
+        return {group.spec: self._load(group, self._members(group)) for group in self._groups}
+
     # -- life cycle -----------------------------------------------------------------------------------------------
 
     def _launch(self, spec: ExecutorSpec) -> Action:
@@ -179,7 +183,7 @@ class ClusterManager:
 
     def _scale(self, now: int) -> list[Action]:
         actions: list[Action] = []
-        for switch in self._policy.switches([self._load(group, self._members(group)) for group in self._groups], now):
+        for switch in self._policy.switches(list(self.loads().values()), now):
             actions += self._switch(switch)
         for number, group in enumerate(self._groups):
             if self._failures[number] >= self._max_launch_failures:

@@ -87,6 +87,7 @@ class Settings(msgspec.Struct, frozen=True):
     decisions: bool
     report: bool
     progress: bool
+    watch: bool
     out: str | None
 
 

@@ -17,6 +17,7 @@ from cluster.seam import Cluster
 from experiments import build
 from experiments.config import plain
 from experiments.progress import ProgressBar
+from experiments.watch import Watch
 from flowserve.core.record import StepSpan
 
 _TICK = 512
@@ -54,7 +55,12 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, s
         if cfg.decisions:
             control.log_to(stack.enter_context((folder / "decisions.jsonl").open("wb")))
         started = time.monotonic()
-        bar = ProgressBar(cfg.trace.limit, label or f"{cfg.backend.name} run", enabled=cfg.progress)
+        label = label or f"{cfg.backend.name} run"
+        bar = (
+            Watch(control, cfg.trace.limit, label)
+            if cfg.watch
+            else ProgressBar(cfg.trace.limit, label, enabled=cfg.progress)
+        )
         interrupted = drive(control, cluster, stack.enter_context(bar), cfg.backend.name == "sim")
         wall_s = time.monotonic() - started
     recorder.censor()
@@ -83,16 +89,21 @@ def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
 def drive(control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, simulated: bool) -> bool:
     """Let the control plane run the cluster until the run ends. True if the user interrupted it."""
     ticks = 0
+    ended, open_requests = control.recorder.outcomes, control.client.due
+
+    def tell(now_ns: int) -> None:
+        bar.update(len(ended), now_ns / 1e9 if simulated else None, len(open_requests))
+
     try:
         while (event := cluster.next_event()) is not None:
             for action in control.on_event(event):
                 cluster.submit(action)
             ticks += 1
             if not ticks % _TICK:
-                bar.update(len(control.recorder.outcomes), event.time / 1e9 if simulated else None)
+                tell(event.time)
     except KeyboardInterrupt:
         return True
-    bar.update(len(control.recorder.outcomes), control.recorder.end_ns / 1e9 if simulated else None)
+    tell(control.recorder.end_ns)
     return False
 
 
