@@ -1,6 +1,7 @@
 """From a configuration to the objects of a run: workload, control plane, cluster."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +23,10 @@ from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
 from experiments.config import CONF, build, plain, typed
+from experiments.task_log import TaskLog
+from experiments.timeline import Spans
+from flowserve.core import record
 from flowserve.core.config import EngineConfig
-from flowserve.core.record import StepSpan, read_turns, spans
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware
@@ -389,14 +392,20 @@ def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
     )
 
 
-def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
-    """What the engines of a run computed when, as far as `backend.record` had it recorded."""
+def spans(cluster: Cluster, folder: Path, tasks: TaskLog) -> Spans:
+    """What happened when, for the timeline; what engines computed as far as `backend.record` had it recorded."""
     from sim.cluster import SimCluster
 
     if isinstance(cluster, SimCluster):
-        yield from cluster.steps
-    for path in sorted((folder / "engines").glob("*.turns.jsonl")):
-        yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
+        return Spans(tasks, cluster.steps, cluster.transfers)
+    turns = {
+        path.name.removesuffix(".turns.jsonl"): path for path in sorted((folder / "engines").glob("*.turns.jsonl"))
+    }
+    return Spans(
+        tasks,
+        chain.from_iterable(record.spans(name, record.read_turns(path)) for name, path in turns.items()),
+        chain.from_iterable(record.transfers(name, record.read_turns(path)) for name, path in turns.items()),
+    )
 
 
 def notes(cluster: Cluster) -> list[str]:

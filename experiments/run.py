@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from cluster.seam import Cluster
 from experiments import build
 from experiments.config import plain
 from experiments.progress import ProgressBar
+from experiments.task_log import TaskLog
+from experiments.timeline import TIMELINE_REQUESTS, Spans
 from experiments.watch import Watch
-from flowserve.core.record import StepSpan
 
 _TICK = 512
 
@@ -61,7 +61,8 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, s
             if cfg.watch
             else ProgressBar(cfg.trace.limit, label, enabled=cfg.progress)
         )
-        interrupted = drive(control, cluster, stack.enter_context(bar), cfg.backend.name == "sim")
+        tasks = TaskLog(TIMELINE_REQUESTS)
+        interrupted = drive(control, cluster, stack.enter_context(bar), cfg.backend.name == "sim", tasks)
         wall_s = time.monotonic() - started
     recorder.censor()
     if not len(recorder.outcomes):
@@ -74,7 +75,8 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, s
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    _write(folder, cfg, recorder, summary, workload, slo, window, build.steps(cluster, folder), build.notes(cluster))
+    spans = build.spans(cluster, folder, tasks)
+    _write(folder, cfg, recorder, summary, workload, slo, window, spans, build.notes(cluster))
     return RunResult(folder, summary, recorder, interrupted, workload.source)
 
 
@@ -86,8 +88,14 @@ def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
     return result
 
 
-def drive(control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, simulated: bool) -> bool:
-    """Let the control plane run the cluster until the run ends. True if the user interrupted it."""
+def drive(
+    control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, simulated: bool, tasks: TaskLog | None = None
+) -> bool:
+    """Let the control plane run the cluster until the run ends. True if the user interrupted it.
+
+    `tasks`: notes them for the timeline.
+    """
+    note = (tasks or TaskLog(0)).record
     ticks = 0
     ended, open_requests = control.recorder.outcomes, control.client.due
 
@@ -96,8 +104,10 @@ def drive(control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, sim
 
     try:
         while (event := cluster.next_event()) is not None:
-            for action in control.on_event(event):
+            actions = control.on_event(event)
+            for action in actions:
                 cluster.submit(action)
+            note(event, actions)
             ticks += 1
             if not ticks % _TICK:
                 tell(event.time)
@@ -115,12 +125,12 @@ def _write(
     workload: Any,
     slo: Any,
     window: Any,
-    steps: Iterable[StepSpan],
+    spans: Spans,
     notes: list[str],
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, steps)
+    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, spans)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 

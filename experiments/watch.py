@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
-from cluster.client import ClientActor
+from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.metrics import NONE
 from cluster.vocabulary import NS_PER_S, ExecutorSpec
@@ -34,7 +34,7 @@ class Watch(ProgressBar):
 
     def __init__(
         self,
-        control: "ControlPlane[ClientActor]",
+        control: "ControlPlane[Client]",
         total: int | None,
         label: str,
         *,

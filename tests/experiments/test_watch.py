@@ -28,14 +28,14 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path, stream: io.StringIO, ever
 
 
 def test_in_a_log_each_group_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    """A line of progress, then a line per TE group with executors, queues, KV cache, TTFT and rate; last how it ended."""
+    """A line of progress, then one per TE group with executors, queues, KV cache, TTFT and rate; last how it ended."""
     lines = watched(monkeypatch, tmp_path, io.StringIO(), 0.0)
     assert len(lines) % 3 == 0
     assert len(lines) > 3
     head, prefill, decode = lines[-3:]
     assert re.match(r"sim run: [\d,]+ requests, .* at [\d.,]+x, ", head)
-    pattern = r"  group prefill llama3-8b, ready 1, start 0, drain 0, wait 0, run 0, KV \d+%, TTFT p50 [\d.]+ ms, req/s [\d.]+"
-    assert re.fullmatch(pattern, prefill)
+    assert prefill.startswith("  group prefill llama3-8b, ready 1, start 0, drain 0, wait 0, run 0, KV ")
+    assert re.search(r" KV \d+%, TTFT p50 [\d.]+ ms, req/s [\d.]+$", prefill)
     assert re.fullmatch(r"  group decode llama3-8b, ready 1, .*, TTFT p50 –, req/s –", decode)
 
 
