@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.vocabulary import Outcome, Stage, TaskKind
 from experiments.task_log import TaskLog
 from flowserve.core.record import StepSpan, TransferSpan

@@ -7,7 +7,7 @@ import numpy as np
 
 from cluster.client import Client
 from cluster.control import ControlPlane
-from cluster.metrics import NONE
+from cluster.recorder import NONE
 from cluster.vocabulary import NS_PER_S, ExecutorSpec
 from experiments.progress import Moment, ProgressBar
 from experiments.tables import UNKNOWN, duration, three_digits
@@ -84,7 +84,8 @@ class Watch(ProgressBar):
     def _read_on(self) -> None:
         """The requests that have ended since the last look."""
         recorder = self._control.recorder
-        arrivals, firsts = recorder.requests["arrival_ns"], recorder.requests["first_token_ns"]
+        columns = recorder.requests
+        arrivals, firsts = columns["arrival_ns"], columns["first_token_ns"]
         groups = {each.executor: _name(each.spec) for each in recorder.held()}
         for row in range(self._seen, len(recorder.executors)):
             if firsts[row] != NONE:

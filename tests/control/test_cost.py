@@ -7,7 +7,7 @@ import pytest
 from cluster.cost import Rates, costs
 from cluster.manager import GroupPlan
 from cluster.vocabulary import NS_PER_S, ExecutorSpec, Role, Stage
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.scaling.target_utilisation import TargetUtilisation
 from tests.builders import MODEL, disaggregated, make_arrival, make_spec, run_sim
 

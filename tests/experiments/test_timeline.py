@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.vocabulary import Stage, TaskKind, to_ns
 from experiments import timeline
 from experiments.task_log import TaskLog
 from experiments.timeline import Spans, write_timeline
+from flowserve.core.config import EngineConfig
 from flowserve.core.messages import KvFetched, KvOffered
 from flowserve.core.record import TransferSpan, TurnRecord, transfers
-from flowserve.core.scheduler import EngineConfig
 from flowserve.core.tiers import TierConfig
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Failure
