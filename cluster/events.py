@@ -165,7 +165,10 @@ class NoCapacity(EventBase, frozen=True, tag=True, kw_only=True):
 
 
 class LoadReport(EventBase, frozen=True, tag=True, kw_only=True):
-    """An executor's own account of its load. It is as old as `time - occurred`."""
+    """An executor's own account of its load. It is as old as `time - occurred`.
+
+    Since its start: `generated_tokens`, `preemptions`, and `busy_ns`, for how long it had a step to compute.
+    """
 
     executor: str
     waiting: int
@@ -176,6 +179,7 @@ class LoadReport(EventBase, frozen=True, tag=True, kw_only=True):
     total_blocks: int
     generated_tokens: int
     preemptions: int
+    busy_ns: int = 0
 
 
 class DemandReported(EventBase, frozen=True, tag=True, kw_only=True):

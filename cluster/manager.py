@@ -174,6 +174,10 @@ class ClusterManager:
             case _:
                 return []
 
+    def loads(self) -> dict[ExecutorSpec, GroupLoad]:
+        """Every TE group as it is known here."""
+        return {group.plan.spec: self._load(group) for group in self._groups}
+
     # -- life cycle -----------------------------------------------------------------------------------------------
 
     def _launch(self, group: _Group) -> Action:

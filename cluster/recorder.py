@@ -1,8 +1,8 @@
 """What happened, noted while it happens: a row per request, the gaps between its tokens, loads, steps of scaling."""
 
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,15 @@ class _Live:
         self.started = ""
 
 
+class Held(NamedTuple):
+    """An executor's time in ns from launch to retirement or the end of the run, and that in which it computed."""
+
+    executor: str
+    spec: ExecutorSpec
+    held_ns: int
+    busy_ns: int
+
+
 class Recorder:
     """Turns events into records: per request, per load report, per step of scaling. Columns of integers."""
 
@@ -102,6 +111,7 @@ class Recorder:
         self.end_ns = 0
         self._specs: dict[str, ExecutorSpec] = {}
         self._held: dict[str, tuple[int, int]] = {}
+        self._last_tokens: dict[str, int] = {}
         self._live: dict[int, _Live] = {}
 
     @property
@@ -178,6 +188,7 @@ class Recorder:
         self._held[event.executor] = (launched, event.occurred if until == NONE else until)
 
     def _task_finished(self, event: ev.TaskFinished) -> None:
+        self._last_tokens[event.executor] = event.last_token_ns
         live = self._live.get(event.request_id)
         if live is None:
             return
@@ -245,15 +256,22 @@ class Recorder:
             self._append(request_id, live, "unfinished", "the run ended first", 0)
         self._live.clear()
 
+    def held(self) -> Iterator[Held]:
+        """Every executor, for how long it was paid for and how much of that it computed."""
+        reports = {load.executor: load for load in self.loads}
+        for name, (launched, until) in self._held.items():
+            report, end = reports.get(name), self.end_ns if until == NONE else until
+            busy = 0
+            if report is not None:  # what finishes after the last report was computed since
+                busy = report.busy_ns + max(0, self._last_tokens.get(name, 0) - report.occurred)
+            yield Held(name, self._specs[name], end - launched, busy)
+
     def npu_seconds(self, model: str | None = None) -> float:
         """NPUs times seconds held, from launch to retirement (or to the end of the run); by one model's executors,
         where it is named.
         """
-        held = 0
-        for name, (launched, until) in self._held.items():
-            if model is None or self._specs[name].model == model:
-                held += self._specs[name].npus * ((self.end_ns if until == NONE else until) - launched)
-        return held / NS_PER_S
+        held = [each for each in self.held() if model is None or each.spec.model == model]
+        return sum(each.spec.npus * each.held_ns for each in held) / NS_PER_S
 
 
 _NOTES: dict[type, Callable[[Recorder, Any], None]] = {

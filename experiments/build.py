@@ -1,12 +1,14 @@
 """From a configuration to the objects of a run: workload, control plane, cluster."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
+from cluster import cost
 from cluster.acceptance import Acceptance
 from cluster.client import Client
 from cluster.control import ControlPlane
@@ -26,8 +28,10 @@ from experiments.models import by_group, served, shape_of
 from experiments.models import model_folder as model_folder
 from experiments.models import model_name as model_name
 from experiments.models import model_shape as model_shape
+from experiments.task_log import TaskLog
+from experiments.timeline import Spans
+from flowserve.core import record
 from flowserve.core.config import EngineConfig
-from flowserve.core.record import StepSpan, read_turns, spans
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware
@@ -92,9 +96,11 @@ class Settings(msgspec.Struct, frozen=True):
     warmup_s: float
     cooldown_s: float
     profile_max_prompt: int
+    electricity_per_kwh: float
     decisions: bool
     report: bool
     progress: bool
+    watch: bool
     out: str | None
 
 
@@ -155,6 +161,8 @@ def check_types(cfg: DictConfig) -> None:
     ):
         typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
+    if cfg.electricity_per_kwh < 0:
+        raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")
     for field in ("report_period_s", "step_s", "prefill_token_s"):
         if cfg.backend.get(field, 0.0) < 0:
             raise ValueError(f"backend.{field} is {cfg.backend[field]}: allowed are seconds from 0 up")
@@ -288,6 +296,12 @@ def hardware_of(cfg: DictConfig, spec: ExecutorSpec) -> Hardware:
     return typed(OmegaConf.load(file), Hardware, str(file))
 
 
+def costs(cfg: DictConfig, recorder: Recorder) -> dict[str, float]:
+    """What a run cost, each executor at the rates of its own hardware, see `cluster.cost`."""
+    rates = {spec: hardware_of(cfg, spec).rates for spec in {each.spec for each in recorder.held()}}
+    return cost.costs(recorder, rates.__getitem__, float(cfg.electricity_per_kwh))
+
+
 def engine_config(cfg: DictConfig, spec: ExecutorSpec, shape: ModelShape | None = None) -> EngineConfig:
     """Engine limits; KV cache blocks by what fits where the configuration leaves them open. `shape`: of the model that
     the executor serves, where it is known.
@@ -408,14 +422,20 @@ def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
     )
 
 
-def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
-    """What the engines of a run computed when, as far as `backend.record` had it recorded."""
+def spans(cluster: Cluster, folder: Path, tasks: TaskLog) -> Spans:
+    """What happened when, for the timeline; what engines computed as far as `backend.record` had it recorded."""
     from sim.cluster import SimCluster
 
     if isinstance(cluster, SimCluster):
-        yield from cluster.steps
-    for path in sorted((folder / "engines").glob("*.turns.jsonl")):
-        yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
+        return Spans(tasks, cluster.steps, cluster.transfers)
+    turns = {
+        path.name.removesuffix(".turns.jsonl"): path for path in sorted((folder / "engines").glob("*.turns.jsonl"))
+    }
+    return Spans(
+        tasks,
+        chain.from_iterable(record.spans(name, record.read_turns(path)) for name, path in turns.items()),
+        chain.from_iterable(record.transfers(name, record.read_turns(path)) for name, path in turns.items()),
+    )
 
 
 def notes(cluster: Cluster) -> list[str]:

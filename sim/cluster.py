@@ -46,7 +46,7 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.plan import Verify
-from flowserve.core.record import StepSpan
+from flowserve.core.record import StepSpan, TransferSpan
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
@@ -55,6 +55,8 @@ from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
 
 NEVER = float("inf")
+MOST_TRANSFERS = 50_000
+"""So many are remembered."""
 
 
 class Delays(msgspec.Struct, frozen=True):
@@ -116,7 +118,8 @@ class SimCluster(Cluster):
 
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
     `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
-    keep what every executor computed when, in `steps`. `latencies`: the models that executors have used so far.
+    keep what every executor computed when, in `steps`, and copies between tiers beside the first transfers between
+    executors in `transfers`. `latencies`: the models that executors have used so far.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class SimCluster(Cluster):
         record: bool = False,
     ) -> None:
         self.steps: list[StepSpan] = []
+        self.transfers: list[TransferSpan] = []
         self.latencies: list[LatencyModel] = []
         self._record = self.steps.append if record else None
         self.env = simpy.Environment()
@@ -369,18 +373,28 @@ class SimCluster(Cluster):
         segments = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
         num_bytes = len(move.source_blocks) * node.block_bytes
         done = self._tier_links[name].transfer(now, move.source, move.target, num_bytes, segments)
-        self._at(done - now, partial(self._send, name, KvMoved(move.ticket, True), 0))
+        self._at(done - now, partial(self._moved, name, move, now, num_bytes, segments))
+
+    def _moved(self, name: str, move: Move, asked: int, num_bytes: int, pieces: int) -> None:
+        if self._record is not None:
+            source, target = (f"{name} {tier.name}" for tier in (move.source, move.target))
+            blocks = len(move.source_blocks)
+            self.transfers.append(TransferSpan(source, target, asked, self.now(), blocks, num_bytes, pieces))
+        self._send(name, KvMoved(move.ticket, True), 0)
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
         node, now = self._nodes[name], self.now()
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
-        done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
+        pieces = runs * node.kv_segments
+        done = self._links[transfer.source].transfer(now, num_bytes, pieces)
+        self._at(done - now, partial(self._transferred, name, transfer, now, num_bytes, pieces))
 
-        self._at(done - now, partial(self._transferred, name, transfer))
-
-    def _transferred(self, name: str, transfer: Transfer) -> None:
+    def _transferred(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
+        if len(self.transfers) < MOST_TRANSFERS:
+            source, blocks, task_id = transfer.source, len(transfer.blocks), transfer.task_id
+            self.transfers.append(TransferSpan(source, name, asked, self.now(), blocks, num_bytes, pieces, task_id))
         self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
 
     def _send(self, name: str, message: Message, delay: int) -> None:

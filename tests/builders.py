@@ -200,6 +200,7 @@ def run_sim(
     delays: Delays | None = None,
     failures: Sequence[Failure] = (),
     coalesce: bool = True,
+    record: bool = False,
     closed_loop: bool = True,
     max_attempts: int = 4,
     seed: int = 0,
@@ -228,7 +229,7 @@ def run_sim(
         tiers=tiers,
     )
     cluster = SimCluster(
-        ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce
+        ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce, record=record
     )
     events: list[ev.Event] = []
     with cluster:

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from experiments.commands.usage import compose_from, wants_help
+from experiments.process import age_s
 from experiments.run import RunResult, run
 from experiments.tables import Row, print_table
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     if wants_help(arguments, USAGE):
         return 0
     cfg = compose_from(arguments)
-    result = run(cfg)
+    result = run(cfg, spent_s=age_s())
     models = list(result.models.items())[:MODELS_SHOWN]
     policy = str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1]
     print_table([Row(policy, result.summary), *(Row(f"  {name}", metrics) for name, metrics in models)])

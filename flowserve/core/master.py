@@ -60,6 +60,8 @@ class Master:
         self._most_ends = FEWEST_ENDS
         self._now = 0
         self._tokens_out = 0
+        self._busy_ns = 0
+        self._busy_since: int | None = None
 
     # -- what is driven -------------------------------------------------------------------------------------------
 
@@ -97,6 +99,8 @@ class Master:
             self.core.rtc.moves.clear()
         if self.core.failed:
             self._give_up(self._now)
+        if plan is not None and self._busy_since is None:
+            self._busy_since = self._now
         return plan
 
     def _give_up(self, now: int) -> None:
@@ -155,6 +159,9 @@ class Master:
             for sequence, held in result.finished:
                 self._finished(sequence, held, now)
             self._forget_times()
+        if not self.core.in_flight and self._busy_since is not None:
+            self._busy_ns += now - self._busy_since
+            self._busy_since = None
 
     def fail(self, task_id: int, detail: str, now: int) -> None:
         """The engine cannot go on with this task; the others are unharmed, and nothing of it is cached from here on.
@@ -197,6 +204,7 @@ class Master:
             total_blocks=core.rtc.total_blocks,
             generated_tokens=self._tokens_out,
             preemptions=core.preemptions,
+            busy_ns=self._busy_ns + (0 if self._busy_since is None else self._now - self._busy_since),
         )
 
     def progress(self) -> dict[str, list[tuple[int, int]]]:

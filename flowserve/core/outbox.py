@@ -61,6 +61,7 @@ class Load(NamedTuple):
     total_blocks: int
     generated_tokens: int
     preemptions: int
+    busy_ns: int
 
 
-NOTHING = Load(0, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Load(0, 0, 0, 0, 0, 0, 0, 0, 0)
