@@ -286,7 +286,8 @@ def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Record
     if not isinstance(scaling, ScalingPolicy):
         raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
     client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
-    manager = ClusterManager(groups(cfg), scaling, names, npus=cfg.fleet.get("npus"))
+    limit: int | None = typed(cfg.fleet.get("npus"), int | None, "fleet.npus")  # type: ignore[arg-type]
+    manager = ClusterManager(groups(cfg), scaling, names, npus=limit)
     return ControlPlane(client, job_executors, manager, recorder)
 
 
