@@ -71,7 +71,8 @@ class GroupConfig(msgspec.Struct, frozen=True):
     """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's.
     `model`: the same of conf/model, or a Hugging Face folder. `copies` above 0: the entry stands for so many models of
     that shape (fine-tuned ones, say), named NAME-0, NAME-1 and so on, and a group of each. `profile`: the latency
-    profile of this model on this hardware, in place of the run's latency model.
+    profile of this model on this hardware, in place of the run's latency model. `pipeline_stages`,
+    `attention_groups`: how its executors spread the model, where that is not in its shape (`ModelShape`).
     """
 
     role: Role
@@ -83,6 +84,17 @@ class GroupConfig(msgspec.Struct, frozen=True):
     model: str = ""
     copies: int = 0
     profile: str = ""
+    pipeline_stages: int | None = None
+    attention_groups: int | None = None
+
+    def spread(self, shape: ModelShape) -> ModelShape:
+        """The shape as the executors of this group have it."""
+        stages, parts = self.pipeline_stages, self.attention_groups
+        return msgspec.structs.replace(
+            shape,
+            pipeline_stages=shape.pipeline_stages if stages is None else stages,
+            attention_groups=shape.attention_groups if parts is None else parts,
+        )
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -226,7 +238,7 @@ class GroupEntry(NamedTuple):
     """What an entry of `fleet.groups` says of one TE group."""
 
     plan: GroupPlan
-    model: DictConfig
+    shape: ModelShape
     profile: str
 
 
@@ -248,12 +260,17 @@ def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
             raise ValueError(f"{where}.copies is {group.copies}: allowed are 0 (the model itself) and more")
         if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
             raise ValueError(f"{where} has zero executors and scaling never adds one: set executors to 1 or more")
+        shape = group.spread(shape_of(cfg, model))
+        if cfg.backend.name == "sim":
+            shape.check_split(group.npus)
+        elif shape.pipeline_stages > 1 or shape.groups(group.npus) > 1:
+            raise ValueError(f"{where}: real engines have neither pipeline stages nor attention groups; leave them out")
         for name in called:
             spec = ExecutorSpec(name, group.role, group.npus, group.hardware)
             if spec in entries:
                 raise ValueError(f"{where} is another group of {group.role} executors of {name}: make them one")
             plan = GroupPlan(spec, group.executors, group.minimum, group.maximum)
-            entries[spec] = GroupEntry(plan, model, group.profile)
+            entries[spec] = GroupEntry(plan, shape, group.profile)
             roles.setdefault(name, set()).add(group.role)
     for name, found in roles.items():
         if found not in ROLES_THAT_SERVE:
@@ -277,7 +294,8 @@ def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Record
     if not isinstance(scaling, ScalingPolicy):
         raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
     client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
-    manager = ClusterManager(groups(cfg), scaling, names, npus=cfg.fleet.get("npus"))
+    limit: int | None = typed(cfg.fleet.get("npus"), int | None, "fleet.npus")  # type: ignore[arg-type]
+    manager = ClusterManager(groups(cfg), scaling, names, npus=limit)
     return ControlPlane(client, job_executors, manager, recorder)
 
 
@@ -346,11 +364,10 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     entries = group_entries(cfg)
     profiled(cfg, entries)
     made: dict[tuple[Any, ...], Node] = {}
-    shapes: dict[str, ModelShape] = {}
 
     def node_for(spec: ExecutorSpec) -> Node:
         entry = entries[spec]
-        shape = shapes.get(spec.model) or shapes.setdefault(spec.model, shape_of(cfg, entry.model))
+        shape = entry.shape
         kind = (shape, spec.npus, spec.hardware, entry.profile)  # copies of a model are alike
         if kind not in made:
             hardware = hardware_of(cfg, spec)
@@ -384,11 +401,7 @@ def profiled(cfg: DictConfig, entries: Mapping[ExecutorSpec, GroupEntry]) -> Non
     """ValueError: one file of measured steps is to speak for several kinds of executors."""
     if "path" not in cfg.latency:
         return
-    kinds = {
-        (shape_of(cfg, entry.model).name, spec.npus, spec.hardware)
-        for spec, entry in entries.items()
-        if not entry.profile
-    }
+    kinds = {(entry.shape.name, spec.npus, spec.hardware) for spec, entry in entries.items() if not entry.profile}
     if len(kinds) > 1:
         said = ", ".join(f"{model} on {npus} x {name or cfg.hardware.name}" for model, npus, name in sorted(kinds))
         raise ValueError(

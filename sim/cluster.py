@@ -13,6 +13,7 @@ from cluster.acceptance import Acceptance
 from cluster.actions import (
     AbortTask,
     Action,
+    CancelRequest,
     DispatchTask,
     DrainExecutor,
     EndRequest,
@@ -53,6 +54,7 @@ from flowserve.core.transfer import contiguous_runs
 from sim.alarm import NORMAL, Alarm
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
+from sim.tokenizers import Tokenizers
 
 NEVER = float("inf")
 MOST_TRANSFERS = 50_000
@@ -60,14 +62,22 @@ MOST_TRANSFERS = 50_000
 
 
 class Delays(msgspec.Struct, frozen=True):
-    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor."""
+    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor.
+
+    `token_s`: what a tokenizer takes per token of a prompt, before a job executor hears of the request; `tokenizers`:
+    how many work side by side, the other prompts wait.
+    """
 
     dispatch_s: float = 0.0
     event_s: float = 0.0
     decision_s: float = 0.0
     peer_s: float = 0.0
+    token_s: float = 0.0
+    tokenizers: int = 1
 
     def __post_init__(self) -> None:
+        if self.tokenizers < 1:
+            raise ValueError(f"delays.tokenizers is {self.tokenizers}: allowed are 1 and more")
         for field in self.__struct_fields__:
             if getattr(self, field) < 0:
                 raise ValueError(f"delays.{field} is {getattr(self, field)}: allowed are seconds from 0 up")
@@ -145,6 +155,8 @@ class SimCluster(Cluster):
         delays = delays or Delays()
         self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
         self._decision_ns, self._peer_ns = to_ns(delays.decision_s), to_ns(delays.peer_s)
+        self._tokenizers = Tokenizers(delays.tokenizers, delays.token_s) if delays.token_s else None
+        self._encoded: dict[int, int] = {}  # when the prompts of open requests are
         self._coalesce = coalesce
         self._answers: dict[int, Answer] = {}
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
@@ -234,7 +246,21 @@ class SimCluster(Cluster):
             del self._answers[action.request_id]
         event = relayed(action, self.now())
         assert event is not None
-        self._emit(event)
+        self._emit(event, 0 if self._tokenizers is None else self._encoding(self._tokenizers, action))
+
+    def _encoding(self, tokenizers: Tokenizers, action: Action) -> int:
+        """How long, in ns, the frontend holds back what a client says of a request whose prompt is not yet encoded."""
+        now = self.now()
+        match action:
+            case SubmitRequest():
+                done = tokenizers.encode(now, action.request.prompt_tokens)
+                self._encoded[action.request.request_id] = done
+                return done - now
+            case CancelRequest():
+                return max(0, self._encoded[action.request_id] - now)
+            case EndRequest():
+                del self._encoded[action.request_id]
+        return 0
 
     def _dispatch(self, action: DispatchTask) -> None:
         task = action.task

@@ -152,7 +152,8 @@ class SimExecutor:
             took = self._latency.step_ns(plan.shape)
             if self._slowdown is not None:
                 took = round(took * self._slowdown())
-            end = now + (max(took, self._host) if ahead else took + self._host)
+            took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
+            end = now + took
             self._ends = [end]
             if steps:
                 self._extend(plan, steps, end, ahead)
@@ -171,19 +172,22 @@ class SimExecutor:
 
     def _extend(self, plan: Plan, steps: int, end: int, ahead: bool) -> None:
         """Let the segment, which ends at `end` by now, go on for so many steps, or until a load report is due."""
-        due, ends, host = self.shell.next_report, self._ends, self._host
+        due, ends, host, latency = self.shell.next_report, self._ends, self._host, self._latency
         _, _, _, batch, context, _ = plan.shape
         while steps > 0 and (end < due or not ends):
             count = min(steps, STEPS_AT_A_TIME)
             done = len(ends)
             if plan.chunks:
-                took = [self._latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
+                took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
             else:
-                took = self._latency.decode_ns(batch, context + batch * done, count)
-            if host:
+                took = latency.decode_ns(batch, context + batch * done, count)
+            if host or latency.stages > 1:
                 hidden = len(self._core.in_flight) > 1
-                first = max(took[0], host) if (hidden if done else ahead) else took[0] + host
-                took = [first, *(max(each, host) if hidden else each + host for each in took[1:])]
+                for place, each in enumerate(took):
+                    if hidden if done + place else ahead:
+                        took[place] = max(each, host)
+                    else:
+                        took[place] = each + host + latency.fill_ns(plan.shape_after(done + place))
             for each in took:
                 end += each
                 ends.append(end)
