@@ -1,7 +1,7 @@
 """The control plane of one run: the actors, who hears what, and the log that lets a run be replayed bit for bit."""
 
 from collections.abc import Sequence
-from typing import IO, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -49,9 +49,19 @@ class ControlPlane(Generic[C]):
         self._sequence = 0
 
     def log_to(self, log: IO[bytes]) -> None:
-        """Write every decision from here on as a line of JSON, behind a header line with the schema."""
+        """Write every decision from here on as a line of JSON, behind a header line with the schema where it is the
+        first.
+        """
         self._log = log
-        log.write(self._encode(LogHeader()) + b"\n")
+        if not self._sequence:
+            log.write(self._encode(LogHeader()) + b"\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the log, which whoever goes on from here opens anew."""
+        return {**self.__dict__, "_log": None, "_encode": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_encode": msgspec.json.Encoder().encode}
 
     def on_event(self, event: Event) -> list[Action]:
         """Let the addressed actor decide. A first token is heard by the client too: it sees its answer begin."""

@@ -113,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True):
     report: bool
     progress: bool
     watch: bool
+    snapshot_at: float | None
     out: str | None
 
 
@@ -173,6 +174,11 @@ def check_types(cfg: DictConfig) -> None:
     ):
         typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
+    if cfg.snapshot_at is not None and not (cfg.snapshot_at >= 0 and cfg.backend.name == "sim"):
+        raise ValueError(
+            f"snapshot_at is {cfg.snapshot_at} on backend {cfg.backend.name}: allowed are seconds from 0 up of a "
+            "simulated run"
+        )
     if cfg.electricity_per_kwh < 0:
         raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")
     for field in ("report_period_s", "step_s", "prefill_token_s"):
@@ -228,6 +234,15 @@ def workload(cfg: DictConfig) -> Workload:
     return Workload(arrivals, source, stand_in and trace.reader is not None)
 
 
+def rate_from(arrivals: Iterable[Arrival], since_ns: int, rate: float, before: float) -> Iterable[Arrival]:
+    """What comes from then on at another `trace.rate`."""
+    from traces.transforms import RateFrom
+
+    if not rate > 0:
+        raise ValueError(f"trace.rate is {rate}: allowed is a factor above 0 (1 keeps the trace's own rate)")
+    return RateFrom(arrivals, since_ns, rate / before)
+
+
 def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
     if cfg.job_executors < 1:
         raise ValueError(f"job_executors is {cfg.job_executors}: at least one must take requests")
@@ -281,18 +296,29 @@ def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
     return entries
 
 
+def dispatch_policy(cfg: DictConfig, job_executor: str) -> DispatchPolicy:
+    """That of one job executor."""
+    policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {job_executor}"))
+    if not isinstance(policy, DispatchPolicy):
+        raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
+    return policy
+
+
+def scaling_policy(cfg: DictConfig) -> ScalingPolicy:
+    policy = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
+    if not isinstance(policy, ScalingPolicy):
+        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    return policy
+
+
 def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane[Client]:
     """Client, job executors (each with a policy object of its own) and cluster manager."""
     names = job_executor_names(cfg)
-    job_executors = []
-    for number, name in enumerate(names):
-        policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {name}"))
-        if not isinstance(policy, DispatchPolicy):
-            raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
-        job_executors.append(JobExecutor(name, number, policy, cfg.max_attempts, cfg.max_parked))
-    scaling = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
-    if not isinstance(scaling, ScalingPolicy):
-        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    job_executors = [
+        JobExecutor(name, number, dispatch_policy(cfg, name), cfg.max_attempts, cfg.max_parked)
+        for number, name in enumerate(names)
+    ]
+    scaling = scaling_policy(cfg)
     client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
     limit: int | None = typed(cfg.fleet.get("npus"), int | None, "fleet.npus")  # type: ignore[arg-type]
     manager = ClusterManager(groups(cfg), scaling, names, npus=limit)

@@ -204,6 +204,10 @@ class SimCluster(Cluster):
         """ns since the start of the run."""
         return int(self.env.now)
 
+    def pause_at(self, time: int) -> None:
+        """Have `next_event` return a timer of nobody's at this time, or now where that is past, for whoever watches."""
+        self._set_timer(SetTimer(actor="", name="pause", at_ns=time))
+
     # -- actions --------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
@@ -217,7 +221,7 @@ class SimCluster(Cluster):
 
     def _start(self, action: LaunchExecutor) -> None:
         self._launching.add(action.executor)
-        self.env.process(self._launch(action))
+        self._after(0, partial(self._launch, action, self._node_for(action.spec), 0))
 
     def _drain(self, action: DrainExecutor) -> None:
         self._send(action.executor, Drain(), self._dispatch_ns)
@@ -274,16 +278,21 @@ class SimCluster(Cluster):
         now = self.now()
         self._emit(ev.TimerFired(to=action.actor, time=now, occurred=min(now, max(action.at_ns, 0)), name=action.name))
 
-    def _launch(self, action: LaunchExecutor) -> Any:
-        node = self._node_for(action.spec)
-        for stage, took in node.stages:
-            yield self.env.timeout(took)
-            if action.executor not in self._launching:
-                return
-            now = self.now()
+    def _launch(self, action: LaunchExecutor, node: Node, done: int, _: simpy.Event) -> None:
+        """So many stages of a start are done: on to the next, or ready."""
+        if action.executor not in self._launching:
+            return
+        if done:
+            now, (stage, took) = self.now(), node.stages[done - 1]
             self._emit(
                 ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
             )
+        if done < len(node.stages):
+            self._after(node.stages[done][1], partial(self._launch, action, node, done + 1))
+        else:
+            self._ready(action, node)
+
+    def _ready(self, action: LaunchExecutor, node: Node) -> None:
         self._launching.discard(action.executor)
         latency, fetch_cost = node.latency(), None
         if node.tiers is not None and node.engine.tiers.blocks:

@@ -98,11 +98,17 @@ class SimExecutor:
 
     def kill(self) -> None:
         """Stop in the middle of whatever it does. What finished by now stays readable in the shell."""
-        self._settle()
+        self.settle()
         self.dead = True
         self._timer = None
 
-    def _settle(self) -> None:
+    @property
+    def step_ends(self) -> int | None:
+        """When the step in progress ends; None where nothing is computed."""
+        ended = bisect_right(self._ends, self._env.now)
+        return self._ends[ended] if ended < len(self._ends) and self._core.in_flight else None
+
+    def settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
         ended = bisect_right(self._ends, self._env.now)
         if ended and ended < len(self._ends):

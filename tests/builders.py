@@ -230,8 +230,9 @@ def run_sim(
     seed: int = 0,
     acceptance: float = 0.0,
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
+    between: Callable[[ControlPlane, SimCluster], None] | None = None,
 ) -> Run:
-    """One run to its end: the real control plane on the simulated cluster."""
+    """One run to its end: the real control plane on the simulated cluster. `between`: called after each event."""
     groups = groups or [GroupPlan(make_spec(), executors, executors, executors)]
     engine = engine or EngineConfig(kv_blocks=1000)
     names = tuple(f"je-{number}" for number in range(num_job_executors))
@@ -264,6 +265,8 @@ def run_sim(
                 watch(event, actions, cluster)
             for action in actions:
                 cluster.submit(action)
+            if between is not None:
+                between(control, cluster)
         left = dict(cluster.executors)
     control.recorder.censor()
     return Run(control.recorder, cluster, control, events, log.getvalue(), left)
