@@ -15,7 +15,7 @@ from experiments import compiled
 from experiments.bench.harness import dynamo
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
-from experiments.bench.sim_case import CASES, TRACE, Measured
+from experiments.bench.harness.sim_case import CASES, TRACE, Measured
 from traces.catalog import find
 
 SCALE = ("10 executors", "100 executors", "1024 executors")
@@ -112,7 +112,7 @@ def _scaling(options: Options) -> list[Row]:
 
 def _measure(name: str, requests: int, fast: bool) -> Measured:
     """CalledProcessError: it fails."""
-    command = [sys.executable, "-m", "experiments.bench.sim_case", name, str(requests)]
+    command = [sys.executable, "-m", "experiments.bench.harness.sim_case", name, str(requests)]
     environment = compiled.environment(fast)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, cwd=compiled.ROOT)
     return msgspec.json.decode(done.stdout, type=Measured)

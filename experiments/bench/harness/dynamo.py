@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 
 from cluster.vocabulary import BLOCK_TOKENS, Role
-from experiments.bench.sim_case import (
+from experiments.bench.harness.sim_case import (
     KV_BLOCKS,
     KV_BYTES_PER_TOKEN,
     MAX_SEQUENCES,

@@ -1,4 +1,4 @@
-"""One simulation of the `sim` benchmark, in this process: python -m experiments.bench.sim_case NAME REQUESTS.
+"""One simulation of the `sim` benchmark, in this process: python -m experiments.bench.harness.sim_case NAME REQUESTS.
 
 Prints a line of JSON, see `Measured`. In a process of its own, so that pure Python and the compiled core are compared
 in one run.
