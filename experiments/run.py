@@ -5,7 +5,9 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +70,9 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, s
     build.check_types(cfg)
     workload = build.workload(cfg)
     with contextlib.ExitStack() as stack:
-        control = build.control_plane(cfg, workload.arrivals, Recorder())
+        # A snapshot takes the records along, so they must be in memory.
+        spill = None if cfg.snapshot_at is not None else partial(TemporaryFile, dir=folder)
+        control = build.control_plane(cfg, workload.arrivals, Recorder(spill))
         cluster = stack.enter_context(build.cluster(cfg, folder))
         folder.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context((folder / "decisions.jsonl").open("wb")) if cfg.decisions else None
@@ -181,7 +185,7 @@ class _Session(NamedTuple):
         cfg, folder, control = self.cfg, self.folder, self.control
         recorder = control.recorder
         recorder.censor()
-        if not len(recorder.outcomes):
+        if not recorder.ended:
             if done.interrupted:
                 raise KeyboardInterrupt  # before the first request: there is nothing to write
             raise ValueError("no request arrived: the trace is empty, or every arrival waits for one that never comes")
@@ -238,10 +242,10 @@ def drive(
     due = float("inf") if pause is None else pause.at_ns
     note = (tasks or TaskLog(0)).record
     ticks = 0
-    ended, open_requests = control.recorder.outcomes, control.client.due
+    recorder, open_requests = control.recorder, control.client.due
 
     def tell(now_ns: int) -> None:
-        bar.update(len(ended), now_ns / 1e9 if simulated else None, len(open_requests))
+        bar.update(recorder.ended, now_ns / 1e9 if simulated else None, len(open_requests))
 
     try:
         while (event := cluster.next_event()) is not None:
@@ -258,7 +262,7 @@ def drive(
                 tell(event.time)
     except KeyboardInterrupt:
         return True
-    tell(control.recorder.end_ns)
+    tell(recorder.end_ns)
     return False
 
 

@@ -135,7 +135,7 @@ def simulate(requests: int, case: Case) -> Measured:
             control.drive(cluster)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             steps = sum(executor.steps for executor in cluster.executors.values())
-    assert len(recorder.outcomes) == requests
+    assert recorder.finished == requests
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
     return Measured(wall, cpu, steps, recorder.end_ns / NS_PER_S, peak)
 
