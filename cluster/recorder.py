@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class Load(NamedTuple):
 class Loads:
     """Load reports, in the order they arrived."""
 
-    COLUMNS = Load._fields
+    COLUMNS: ClassVar[tuple[str, ...]] = Load._fields
 
     def __init__(self, table: Ints, words: list[str]) -> None:
         self._table = table
@@ -124,7 +124,7 @@ class Recorder:
     too long for memory.
     """
 
-    REQUEST_COLUMNS = (
+    REQUEST_COLUMNS: ClassVar[tuple[str, ...]] = (
         "request_id",
         "arrival_ns",
         "lag_ns",
@@ -142,7 +142,7 @@ class Recorder:
         "draft_rejections",
     )
 
-    WORDS = ("outcome", "reason", "executor", "model")
+    WORDS: ClassVar[tuple[str, ...]] = ("outcome", "reason", "executor", "model")
     """Behind them and the number of gaps in a row, as numbers of words."""
 
     def __init__(self, open_file: OpenFile | None = None) -> None:

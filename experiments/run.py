@@ -48,6 +48,10 @@ class RunResult(NamedTuple):
     label: str
 
 
+def _temporary(folder: Path) -> IO[bytes]:
+    return TemporaryFile(dir=folder)
+
+
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """No search for cycles: simulating leaves none behind, and looking for some takes a tenth of its time."""
@@ -71,7 +75,7 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, s
     workload = build.workload(cfg)
     with contextlib.ExitStack() as stack:
         # A snapshot takes the records along, so they must be in memory.
-        spill = None if cfg.snapshot_at is not None else partial(TemporaryFile, dir=folder)
+        spill = None if cfg.snapshot_at is not None else partial(_temporary, folder)
         control = build.control_plane(cfg, workload.arrivals, Recorder(spill))
         cluster = stack.enter_context(build.cluster(cfg, folder))
         folder.mkdir(parents=True, exist_ok=True)
