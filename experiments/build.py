@@ -29,6 +29,7 @@ from sim.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from real.cluster import RealCluster
+    from sim.topology import Hosts
 
 ROLES_THAT_SERVE = (
     {Role.COLOCATED},
@@ -112,6 +113,7 @@ class SimSettings(msgspec.Struct, frozen=True):
     coalesce: bool
     record: bool
     draft_acceptance: float
+    hosts: int | None
 
 
 class RealSettings(msgspec.Struct, frozen=True):
@@ -298,7 +300,8 @@ def engine_config(cfg: DictConfig, spec: ExecutorSpec) -> EngineConfig:
 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
-        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), model_shape(cfg), spec.npus, values["block_tokens"])
+        sizes = (values["block_tokens"], values["token_budget"], values["max_sequences"])
+        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), model_shape(cfg), spec.npus, *sizes)
     for name, kind in ENGINE_POLICIES.items():
         if name in values:  # an option of one's own may leave it to the engine's default
             values[name] = engine_policy(values[name], kind, f"engine.{name}")
@@ -327,10 +330,9 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
     from sim.cluster import Node
     from sim.coldstart import ColdStart
-    from sim.link import Link, TierLinks
 
     shape = model_shape(cfg)
-    stages = typed(cfg.coldstart, ColdStart, "coldstart").stages(shape.weight_bytes)
+    start = typed(cfg.coldstart, ColdStart, "coldstart")
     nodes: dict[ExecutorSpec, Node] = {}
 
     def node_for(spec: ExecutorSpec) -> Node:
@@ -341,19 +343,14 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
             nodes[spec] = Node(
                 engine=engine,
                 latency=lambda: model,
-                stages=stages,
+                stages=start.stages(),
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
+                host=hardware.host(),
                 contention=hardware.contention,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
-                link=lambda: Link(
-                    hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s
-                ),
-                tiers=lambda: TierLinks(
-                    lambda: Link(hardware.pcie_bytes_per_s, hardware.pcie_latency_s, hardware.kv_call_overhead_s),
-                    lambda: Link(hardware.ssd_bytes_per_s, hardware.ssd_latency_s, hardware.kv_call_overhead_s),
-                ),
+                load=start.loading(shape.name, shape.weight_bytes, shape.weight_bytes_on(spec.npus)),
             )
         return nodes[spec]
 
@@ -365,16 +362,35 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
 def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
     from sim.cluster import Delays, Failure, SimCluster
 
-    backend = cfg.backend
+    backend, node_for = cfg.backend, sim_node(cfg)
     return SimCluster(
         actors,
-        sim_node(cfg),
+        node_for,
         backend.report_period_s,
         typed(backend.delays, Delays, "backend.delays"),
         typed(backend.failures, tuple[Failure, ...], "backend.failures"),
         backend.coalesce,
         backend.record,
+        sim_hosts(cfg, node_for),
     )
+
+
+def sim_hosts(cfg: DictConfig, node_for: Callable[[ExecutorSpec], Any]) -> "Hosts":
+    """The hosts of a simulated run. ValueError: the executors it starts with do not fit."""
+    from sim.topology import Hosts, Topology
+
+    shape = model_shape(cfg)
+    preloaded = ((shape.name, shape.weight_bytes),) if cfg.coldstart.get("preloaded") else ()
+    hosts = Hosts(cfg.backend.hosts, preloaded)
+    topology = Topology(hosts)
+    for number, group in enumerate(groups(cfg)):
+        for executor in range(group.initial):
+            if topology.place(f"{number}/{executor}", node_for(group.spec).host, group.spec.npus) is None:
+                raise ValueError(
+                    f"backend.hosts is {hosts.count}: executor {executor + 1} of fleet.groups[{number}], which takes "
+                    f"{group.spec.npus} NPUs, has no room; give more hosts, or null for as many as needed"
+                )
+    return hosts
 
 
 def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:

@@ -50,8 +50,11 @@ from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
+from sim.coldstart import Load
 from sim.executor import SimExecutor
-from sim.link import Link, TierLinks
+from sim.network import Network, Path
+from sim.starting import Starter
+from sim.topology import Hosts, HostShape, Topology
 
 NEVER = float("inf")
 
@@ -71,11 +74,11 @@ class Delays(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """What stands behind one kind of executor: engine limits, latency model, start-up stages, KV cache link.
+    """What stands behind one kind of executor: engine limits, latency model, start-up stages, and the kind of its host.
 
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
-    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `tiers`: links
-    to the tiers that the engine has below HBM. `acceptance`: of guesses, where it speculates.
+    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `acceptance`: of
+    guesses, where it speculates. `load`: weights to be moved in the stage TE_LOAD, beside the time of the stage itself.
     """
 
     engine: EngineConfig
@@ -83,11 +86,17 @@ class Node(msgspec.Struct, frozen=True):
     stages: Sequence[tuple[Stage, int]]
     kv_bytes_per_token: int
     kv_segments: int
-    link: Callable[[], Link]
+    host: HostShape
     contention: float = 0.0
     host_step_s: float = 0.0
     acceptance: Acceptance = Acceptance()
-    tiers: Callable[[], TierLinks] | None = None
+    load: Load | None = None
+
+    def __post_init__(self) -> None:
+        if (self.load is not None or self.engine.tiers.blocks) and self.host.pcie is None:
+            raise ValueError("the executor loads weights or has tiers below HBM, but its host has no PCIe: give it one")
+        if self.engine.tiers.ssd_blocks and self.host.ssd is None:
+            raise ValueError(f"the engine has {self.engine.tiers.ssd_blocks} blocks on SSD, but its host has no disk")
 
     @property
     def block_bytes(self) -> int:
@@ -116,6 +125,7 @@ class SimCluster(Cluster):
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
     `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
     keep what every executor computed when, in `steps`. `latencies`: the models that executors have used so far.
+    `hosts`: how many there are, and what lies in their memory.
     """
 
     def __init__(
@@ -127,6 +137,7 @@ class SimCluster(Cluster):
         failures: Sequence[Failure] = (),
         coalesce: bool = True,
         record: bool = False,
+        hosts: Hosts | None = None,
     ) -> None:
         self.steps: list[StepSpan] = []
         self.latencies: list[LatencyModel] = []
@@ -143,9 +154,8 @@ class SimCluster(Cluster):
         self._answers: dict[int, Answer] = {}
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
         self._nodes: dict[str, Node] = {}
-        self._links: dict[str, Link] = {}
-        self._tier_links: dict[str, TierLinks] = {}
-        self._launching: set[str] = set()
+        self.network, self.topology = Network(self.env), Topology(hosts or Hosts())
+        self._starter = Starter(self.env, self.topology, self.network, self._stage_finished, self._ready)
         self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
         self._undone: list[Action] = []
         self._ended = False
@@ -179,7 +189,6 @@ class SimCluster(Cluster):
 
     def close(self) -> None:
         self.executors.clear()
-        self._launching.clear()
         self._ended = True
 
     def now(self) -> int:
@@ -198,8 +207,7 @@ class SimCluster(Cluster):
         self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
 
     def _start(self, action: LaunchExecutor) -> None:
-        self._launching.add(action.executor)
-        self.env.process(self._launch(action))
+        self._starter.launch(action, self._node_for(action.spec))
 
     def _drain(self, action: DrainExecutor) -> None:
         self._send(action.executor, Drain(), self._dispatch_ns)
@@ -242,26 +250,23 @@ class SimCluster(Cluster):
         now = self.now()
         self._emit(ev.TimerFired(to=action.actor, time=now, occurred=min(now, max(action.at_ns, 0)), name=action.name))
 
-    def _launch(self, action: LaunchExecutor) -> Any:
-        node = self._node_for(action.spec)
-        for stage, took in node.stages:
-            yield self.env.timeout(took)
-            if action.executor not in self._launching:
-                return
-            now = self.now()
-            self._emit(
-                ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
+    def _stage_finished(self, executor: str, stage: Stage, took_ns: int, source: str) -> None:
+        now = self.now()
+        self._emit(
+            ev.StageFinished(
+                to="cm", time=now, occurred=now, executor=executor, stage=stage, took_ns=took_ns, source=source
             )
-        self._launching.discard(action.executor)
+        )
+
+    def _ready(self, action: LaunchExecutor, node: Node) -> None:
         latency, fetch_cost = node.latency(), None
-        if node.tiers is not None and node.engine.tiers.blocks:
-            links = self._tier_links[action.executor] = node.tiers()
-            rates = links.rates(node.block_bytes, node.kv_segments)
+        if node.engine.tiers.blocks:
+            rates = self.topology.tier_rates(action.executor, node.block_bytes, node.kv_segments)
             fetch_cost = CostModel(PrefillTime(latency, node.engine.token_budget), TransferTime(rates))
         shell = TaskExecutor(
             action.executor, action.spec, node.engine, self._report_to, self._report_period_ns, fetch_cost
         )
-        self._nodes[action.executor], self._links[action.executor] = node, node.link()
+        self._nodes[action.executor] = node
         self._tasks[action.executor] = {}
         latency = node.latency()
         if latency not in self.latencies:
@@ -273,7 +278,7 @@ class SimCluster(Cluster):
             self._answers,
             partial(self._take, action.executor),
             self._coalesce,
-            len(self._links),
+            len(self._nodes),
             partial(self._slowdown, action.executor, node.contention) if node.contention else None,
             self._record,
             to_ns(node.host_step_s),
@@ -308,12 +313,12 @@ class SimCluster(Cluster):
         self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=executor, reason="killed"))
 
     def _has(self, name: str) -> bool:
-        return name in self.executors or name in self._launching
+        return name in self.executors or name in self._starter
 
     def _stop(self, name: str) -> None:
-        self._launching.discard(name)
         executor = self.executors.pop(name, None)
         if executor is None:
+            self._starter.stop(name)
             return
         executor.kill()
         for task_id, (job_executor, task) in self._tasks.pop(name).items():
@@ -321,6 +326,7 @@ class SimCluster(Cluster):
             self._lose(name, job_executor, task, task.generated if sequence is None else sequence.generated)
         for other in self.executors.values():
             other.receive(PeerLost(name))
+        self._starter.stop(name)
 
     def _lose(self, executor: str, job_executor: str, task: Task, generated: int) -> None:
         now = self.now()
@@ -359,22 +365,35 @@ class SimCluster(Cluster):
             self._move(name, move)
 
     def _move(self, name: str, move: Move) -> None:
-        node, now = self._nodes[name], self.now()
-        segments = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
-        num_bytes = len(move.source_blocks) * node.block_bytes
-        done = self._tier_links[name].transfer(now, move.source, move.target, num_bytes, segments)
-        self._at(done - now, lambda: self._send(name, KvMoved(move.ticket, True), 0))
+        node = self._nodes[name]
+        calls = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
+        num_bytes = round(len(move.source_blocks) * node.block_bytes * self.topology.seats[name].share)
+        self._hop(name, move.ticket, self.topology.moving(name, move.source, move.target), num_bytes, calls)
+
+    def _hop(self, name: str, ticket: int, hops: Sequence[Path], num_bytes: int, calls: int) -> None:
+        on_end = partial(self._hopped, name, ticket, hops[1:], num_bytes, calls)
+        self.network.start(hops[0], num_bytes, calls, on_end, (name,))
+
+    def _hopped(self, name: str, ticket: int, hops: Sequence[Path], num_bytes: int, calls: int, success: bool) -> None:
+        if hops and success:
+            self._hop(name, ticket, hops, num_bytes, calls)
+        else:
+            self._send(name, KvMoved(ticket, success), 0)
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
-        node, now = self._nodes[name], self.now()
+        node, source = self._nodes[name], transfer.source
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
-        done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
+        on_end = partial(self._fetched, name, transfer.task_id)
+        if source not in self.executors:  # it died after it made the offer
+            on_end(False)
+            return
+        path = self.topology.path(source, name)
+        self.network.start(path, num_bytes, runs * node.kv_segments, on_end, (source, name))
 
-        def end() -> None:  # a source that died in the middle took the rest of the KV cache with it
-            self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
-
-        self._at(done - now, end)
+    def _fetched(self, name: str, task_id: int, success: bool) -> None:
+        """A source that died in the middle took the rest of the KV cache with it."""
+        self._send(name, KvFetched(task_id, success), 0)
 
     def _send(self, name: str, message: Message, delay: int) -> None:
         def arrive() -> None:

@@ -37,7 +37,7 @@ from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from sim.cluster import Node, SimCluster
 from sim.latency import Fitted
-from sim.link import Link
+from sim.topology import HostShape, Wire
 from traces.catalog import find, resolve
 
 TRACE = "azure2023_conv"
@@ -146,7 +146,7 @@ def _simulate(requests: int, groups: tuple[tuple[Role, int], ...], policy: Dispa
         stages=(),
         kv_bytes_per_token=KV_BYTES_PER_TOKEN,
         kv_segments=64,
-        link=lambda: Link(25e9, 2e-5, 0.0),
+        host=HostShape(Wire(25e9, 2e-5)),
     )
     plans = tuple(GroupPlan(ExecutorSpec(MODEL, role), count, count, count) for role, count in groups)
     recorder = Recorder()

@@ -19,8 +19,8 @@ from flowserve.runtime.wire import NullDevice
 from real.cluster import Engine, RealCluster
 from sim.cluster import Delays, Node, SimCluster
 from sim.latency import Constant
-from sim.link import Link
-from tests.builders import MODEL, make_spec, tier_links
+from sim.topology import HostShape, Wire
+from tests.builders import MODEL, make_spec
 
 ACTORS = ("client", "je", "cm")
 GUARD_S = 60.0
@@ -43,9 +43,8 @@ def sim_cluster(
         stages=[(stage, to_ns(0.001)) for stage in Stage],
         kv_bytes_per_token=1000,
         kv_segments=2,
-        link=lambda: Link(1e9, 1e-4, 1e-5),
+        host=HostShape(Wire(1e9, 1e-4, 1e-5), pcie=Wire(1e9, 1e-4), ssd=Wire(1e8, 1e-4)),
         acceptance=Acceptance(acceptance),
-        tiers=lambda: tier_links(1e9, 1e8, 1e-4),
     )
     return SimCluster(actors, lambda spec: node, report_period_s, Delays(5e-5, 5e-5, 2e-5, 5e-5))
 

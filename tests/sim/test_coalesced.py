@@ -22,9 +22,10 @@ from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure, SimCluster
+from sim.coldstart import Load
 from sim.latency import Constant, Fitted
-from sim.link import Link
-from tests.builders import MODEL, Run, chain, disaggregated, make_arrival, make_request, run_sim, tier_links
+from sim.topology import Hosts, HostShape, Wire
+from tests.builders import MODEL, Run, chain, disaggregated, make_arrival, make_request, run_sim
 
 
 def deepflow() -> DispatchPolicy:
@@ -64,6 +65,36 @@ LATENCIES = (
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
 )
+
+
+LOADS = (
+    None,
+    Load(MODEL, 30_000_000, 30_000_000, 0.001),
+    Load(MODEL, 30_000_000, 30_000_000, 0.001, fork=True, chunk_bytes=1e6),
+    Load(MODEL, 30_000_000, 30_000_000, fork=True, fanout=2, chunk_bytes=1e7),
+)
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> HostShape:
+    """Fast or slow; one or two executors to a host, which share what a host has, or a domain of several hosts."""
+    npus = draw(st.sampled_from([1, 1, 2, 4]))
+    nic = draw(st.sampled_from([Wire(1e9), Wire(1e7, 0.001, 0.0005)]))
+    peer = draw(st.sampled_from([None, Wire(2e7, 0.0001, 0.0001)]))
+    return HostShape(
+        nic,
+        npus,
+        npus * draw(st.sampled_from([1, 2])),
+        peer,
+        draw(st.sampled_from([None, Wire(1.5e7)])),
+        draw(st.sampled_from([1, npus])),
+        draw(st.sampled_from([None, Wire(5e7)])),
+        *draw(st.sampled_from([(Wire(1e9), Wire(1e8)), (Wire(1e7, 0.001), Wire(1e6, 0.001))])),
+        memory_bytes=draw(st.sampled_from([None, 1e7, 5e7])),
+        memory_bytes_per_s=draw(st.sampled_from([None, 1.2e7])),
+        rack_hosts=draw(st.sampled_from([None, 1])),
+        oversubscription=draw(st.sampled_from([1.0, 3.0])),
+    )
 
 
 @st.composite
@@ -143,11 +174,12 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             ),
             preemption="swap" if dram and draw(st.booleans()) else "recompute",
         ),
-        "tiers": draw(st.sampled_from([lambda: tier_links(1e9, 1e8), lambda: tier_links(1e7, 1e6, 0.001)])),
+        "host": draw(hosts()),
+        "hosts": draw(st.sampled_from([None, None, Hosts(3)])),
+        "load": draw(st.sampled_from(LOADS)),
         "acceptance": 0.6,
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
-        "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),
         "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),
         "report_period_s": draw(st.sampled_from([0.02, 0.1, 1.0])),
         "delays": draw(st.builds(Delays, delayed, delayed, st.sampled_from([0.0, 0.0001, 0.01]), delayed)),

@@ -1,0 +1,272 @@
+"""The simulated network: flows over links, which share them by max-min fairness (progressive filling).
+
+Rates are whole numbers of 2^-20 bytes per second and progress is a whole number of rate times ns, so sums are exact:
+who came first at the same time makes no difference, and what was asked for is delivered to the last byte.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heapify, heappop, heapreplace
+
+import simpy
+from simpy.events import NORMAL
+
+from cluster.vocabulary import NS_PER_S, to_ns
+
+UNIT = 1 << 20
+"""Rates are counted in bytes per second divided by this."""
+BYTE = UNIT * NS_PER_S
+"""Progress of one byte: a rate times the ns that it lasts."""
+
+
+class Link:
+    """One way of a wire. `flows`: what crosses it, and how often; `asked`: what they would take without each other."""
+
+    __slots__ = ("asked", "bytes_per_s", "capacity", "flows", "name")
+
+    def __init__(self, name: str, bytes_per_s: float) -> None:
+        if not bytes_per_s > 0:
+            raise ValueError(f"link {name}: {bytes_per_s} bytes/s: the rate must be above 0")
+        self.name = name
+        self.bytes_per_s = bytes_per_s
+        self.capacity = max(1, round(bytes_per_s * UNIT))
+        self.flows: dict[Flow, int] = {}
+        self.asked = 0
+
+
+class Path:
+    """The links that a flow crosses, a broadcast some of them several times.
+
+    A transfer takes `latency_s`, `call_s` for each piece of memory, and its bytes at the rate of the narrowest link, or
+    at `limit_bytes_per_s` of its own. The latency comes behind the bytes and takes nothing of the links; calls and
+    bytes take turns, so others can use a link in the meantime.
+    """
+
+    __slots__ = ("bytes_per_s", "call_ns", "latency_ns", "links", "top")
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        latency_s: float = 0.0,
+        call_s: float = 0.0,
+        limit_bytes_per_s: float = float("inf"),
+    ) -> None:
+        times: dict[Link, int] = {}
+        for link in links:
+            times[link] = times.get(link, 0) + 1
+        self.links = tuple(times.items())
+        self.latency_ns = to_ns(latency_s)
+        self.call_ns = call_s * NS_PER_S
+        rates = [link.bytes_per_s / count for link, count in self.links]
+        self.bytes_per_s = min([*rates, limit_bytes_per_s])
+        self.top = min(
+            [link.capacity // count for link, count in self.links] + [max(1, round(self.bytes_per_s * UNIT))]
+        )
+
+    def alone_ns(self, num_bytes: int, calls: int) -> int:
+        """How long such a flow needs the path that it has to itself; the latency is not in it."""
+        return round(calls * self.call_ns + num_bytes * NS_PER_S / self.bytes_per_s)
+
+
+class Flow:
+    """A transfer under way. `top`: its rate where nobody is in its way; `left` when it was last looked at, `since`;
+    `finish`: when the last byte is sent if nothing changes; `due`: when its timer rings, `finish` or later.
+    """
+
+    __slots__ = ("due", "finish", "latency_ns", "left", "links", "on_end", "parties", "rate", "since", "timer", "top")
+
+    def __init__(
+        self,
+        path: Path,
+        num_bytes: int,
+        calls: int,
+        now: int,
+        on_end: Callable[[bool], None],
+        parties: tuple[str, ...],
+    ) -> None:
+        alone = path.alone_ns(num_bytes, calls)
+        if num_bytes:
+            alone = max(1, alone)
+        self.left = num_bytes * BYTE
+        self.top = min(path.top, -(-self.left // alone)) if num_bytes else 0
+        self.rate = self.top
+        self.links = path.links if num_bytes else ()
+        self.latency_ns = path.latency_ns
+        self.since = now
+        self.finish = now + alone
+        self.due: float = float("inf")
+        self.timer: simpy.Event | None = None
+        self.on_end = on_end
+        self.parties = parties
+
+
+class _Ring(simpy.Event):
+    """Looks after a flow at a time: like SimPy's own timeouts, without the base class's detour."""
+
+    def __init__(self, env: simpy.Environment, flow: Flow, delay: int, callback: Callable[[simpy.Event], None]) -> None:
+        self.env = env
+        self.callbacks = [callback]
+        self._ok = True
+        self._value = flow
+        env.schedule(self, NORMAL, delay)
+
+
+class Network:
+    """All flows, in the time of a SimPy environment.
+
+    A flow that has its links to itself, or shares them with room to spare, is one event. Where links are short, those
+    flows alone are looked at that are joined to the one that came or went by links that are short.
+    """
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._of: dict[str, dict[Flow, None]] = {}
+
+    def start(
+        self,
+        path: Path,
+        num_bytes: int,
+        calls: int,
+        on_end: Callable[[bool], None],
+        parties: tuple[str, ...] = (),
+    ) -> None:
+        """Begin a transfer now, in so many calls. `on_end(True)` when all has arrived, `on_end(False)` if one of the
+        `parties` is dropped before.
+        """
+        now = int(self._env.now)
+        flow = Flow(path, num_bytes, calls, now, on_end, parties)
+        for party in parties:
+            self._of.setdefault(party, {})[flow] = None
+        links, top, short = flow.links, flow.top, False
+        for link, times in links:
+            if link.flows and link.asked + times * top > link.capacity:
+                for other in [other for other in link.flows if other.finish <= now]:
+                    self._leave(other)  # all of it is sent; only its latency is left
+        for link, times in links:
+            link.flows[flow] = times
+            link.asked += times * top
+            short = short or link.asked > link.capacity
+        if short:
+            self._share((flow,))
+        else:
+            self._set(flow, flow.finish + flow.latency_ns)
+
+    def drop(self, party: str) -> None:
+        """Somebody is gone: what came from there or went there has failed, and its links are free."""
+        for flow in self._of.pop(party, ()):
+            flow.timer = None
+            for other in flow.parties:
+                if other != party:
+                    del self._of[other][flow]
+            self._leave(flow)
+            flow.on_end(False)
+
+    @property
+    def links(self) -> list[Link]:
+        """Those that anything crosses."""
+        return list(dict.fromkeys(link for flows in self._of.values() for flow in flows for link, _ in flow.links))
+
+    # -- the life of a flow ---------------------------------------------------------------------------------------
+
+    def _set(self, flow: Flow, due: int) -> None:
+        flow.due = due
+        flow.timer = _Ring(self._env, flow, due - int(self._env.now), self._ring)
+
+    def _ring(self, ring: simpy.Event) -> None:
+        flow = ring.value
+        assert isinstance(flow, Flow)
+        if ring is not flow.timer:
+            return
+        now = int(self._env.now)
+        if now < flow.finish:  # others came, and it is later than when the timer was set
+            self._set(flow, flow.finish)
+            return
+        self._leave(flow)
+        if now < flow.finish + flow.latency_ns:
+            self._set(flow, flow.finish + flow.latency_ns)
+            return
+        for party in flow.parties:
+            del self._of[party][flow]
+        flow.on_end(True)
+
+    def _leave(self, flow: Flow) -> None:
+        """Free its links, and share out what others can use of them."""
+        links, flow.links = flow.links, ()
+        gainers: dict[Flow, None] = {}
+        for link, times in links:
+            short = link.asked > link.capacity
+            del link.flows[flow]
+            link.asked -= times * flow.top
+            if short:
+                gainers.update(dict.fromkeys(link.flows))
+        if gainers:
+            self._share(gainers)
+
+    def _share(self, changed: Iterable[Flow]) -> None:
+        """New rates for these flows and all that links which are short join to them."""
+        flows = dict.fromkeys(changed)
+        links: dict[Link, None] = {}
+        todo = list(flows)
+        while todo:
+            for link, _ in todo.pop().links:
+                if link.asked > link.capacity and link not in links:
+                    links[link] = None
+                    for other in link.flows:
+                        if other not in flows:
+                            flows[other] = None
+                            todo.append(other)
+        now = int(self._env.now)
+        for flow, rate in max_min(flows, links).items():
+            if rate != flow.rate:
+                flow.left = max(0, flow.left - flow.rate * (now - flow.since))
+                flow.since, flow.rate = now, rate
+                flow.finish = now - (-flow.left // rate)
+            if flow.finish < flow.due:  # else the timer rings early, and is set again
+                self._set(flow, flow.finish)
+
+
+def max_min(flows: Iterable[Flow], links: Iterable[Link]) -> dict[Flow, int]:
+    """The rate of each flow if it grows together with the others until a link of its path is full, or its own top.
+
+    `links`: those that can be full, with all flows that cross them among `flows`. Links are taken by what they have
+    left for each flow, then by name, so that the order of the arguments makes no difference.
+    """
+    rates: dict[Flow, int] = {}
+    spare = {link: link.capacity for link in links}
+    crossings = {link: sum(link.flows.values()) for link in spare}
+
+    def fix(flow: Flow, rate: int) -> None:
+        rates[flow] = rate
+        for link, times in flow.links:
+            if link in spare:
+                spare[link] -= rate * times
+                crossings[link] -= times
+
+    heap = [(spare[link] // count, link.name, link) for link, count in crossings.items()]
+    heapify(heap)
+    by_top = sorted(flows, key=_top)
+    place = 0
+    while heap:
+        share, name, link = heap[0]
+        if not crossings[link]:
+            heappop(heap)
+            continue
+        if (now := spare[link] // crossings[link]) > share:
+            heapreplace(heap, (now, name, link))
+            continue
+        while place < len(by_top) and by_top[place].top <= share:
+            if by_top[place] not in rates:
+                fix(by_top[place], by_top[place].top)
+            place += 1
+        if (crossings[link] and spare[link] // crossings[link]) == share:
+            heappop(heap)
+            for flow in link.flows:
+                if flow not in rates:
+                    fix(flow, share)
+    for flow in by_top[place:]:
+        if flow not in rates:
+            rates[flow] = flow.top
+    return rates
+
+
+def _top(flow: Flow) -> int:
+    return flow.top
