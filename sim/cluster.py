@@ -189,6 +189,7 @@ class SimCluster(Cluster):
 
     def close(self) -> None:
         self.executors.clear()
+        self._starter.close()
         self._ended = True
 
     def now(self) -> int:

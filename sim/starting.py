@@ -73,6 +73,11 @@ class Starter:
     def __contains__(self, name: str) -> bool:
         return name in self._starts
 
+    def close(self) -> None:
+        """Nobody starts any more."""
+        self._starts.clear()
+        self._unplaced.clear()
+
     def launch(self, action: LaunchExecutor, node: "Node") -> None:
         """Start an executor; one that fits nowhere waits until it does."""
         start = _Start(action, node, int(self._env.now))

@@ -83,7 +83,7 @@ def kill(cluster: Cluster, executor: str) -> None:
 def present(cluster: Cluster) -> set[str]:
     """Names of the executors that the cluster has, launching ones included."""
     if isinstance(cluster, SimCluster):
-        return {*cluster.executors, *cluster._launching}
+        return {*cluster.executors, *cluster._starter._starts}
     assert isinstance(cluster, RealCluster)
     return set(cluster.process_ids())
 
