@@ -109,6 +109,8 @@ class Recorder:
         self.loads: list[ev.LoadReport] = []
         self.scaling: list[tuple[int, str, str, int]] = []
         """(time_ns, executor, what, took_ns): launches, stages, state changes."""
+        self.weights_from: dict[str, str] = {}
+        """Where each executor's weights came from, as far as the backend says."""
         self.end_ns = 0
         self._specs: dict[str, ExecutorSpec] = {}
         self._held: dict[str, tuple[int, int]] = {}
@@ -142,6 +144,8 @@ class Recorder:
                 self.loads.append(event)
             case ev.StageFinished():
                 self.scaling.append((event.occurred, event.executor, str(event.stage), event.took_ns))
+                if event.source:
+                    self.weights_from[event.executor] = event.source
             case ev.ExecutorReady():
                 self.scaling.append((event.occurred, event.executor, "ready", 0))
             case ev.ExecutorDrained():

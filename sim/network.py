@@ -1,10 +1,10 @@
 """The simulated network: flows over links, which share them by max-min fairness (progressive filling).
 
-Rates are whole numbers of 2^-20 bytes per second and progress is a whole number of rate times ns, so sums are exact:
-who came first at the same time makes no difference, and what was asked for is delivered to the last byte.
+Rates are whole numbers of a very small unit and progress is a whole number of rate times ns, so sums are exact, and
+what was asked for is delivered to the last byte.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
 
 import simpy
@@ -12,10 +12,18 @@ from simpy.events import NORMAL
 
 from cluster.vocabulary import NS_PER_S, to_ns
 
-UNIT = 1 << 20
-"""Rates are counted in bytes per second divided by this."""
+_GRAIN = 720_720**2
+UNIT = 1024 * _GRAIN
+"""Rates are counted in bytes per second divided by this. Any number up to 16 divides 720,720: shares of shares come out
+even, so that the order of what happens at one time makes no difference.
+"""
 BYTE = UNIT * NS_PER_S
 """Progress of one byte: a rate times the ns that it lasts."""
+
+
+def units(bytes_per_s: float) -> int:
+    """A rate as it is counted inside."""
+    return max(1, round(bytes_per_s * 1024)) * _GRAIN
 
 
 class Link:
@@ -28,7 +36,7 @@ class Link:
             raise ValueError(f"link {name}: {bytes_per_s} bytes/s: the rate must be above 0")
         self.name = name
         self.bytes_per_s = bytes_per_s
-        self.capacity = max(1, round(bytes_per_s * UNIT))
+        self.capacity = units(bytes_per_s)
         self.flows: dict[Flow, int] = {}
         self.asked = 0
 
@@ -58,9 +66,7 @@ class Path:
         self.call_ns = call_s * NS_PER_S
         rates = [link.bytes_per_s / count for link, count in self.links]
         self.bytes_per_s = min([*rates, limit_bytes_per_s])
-        self.top = min(
-            [link.capacity // count for link, count in self.links] + [max(1, round(self.bytes_per_s * UNIT))]
-        )
+        self.top = min([link.capacity // count for link, count in self.links] + [units(self.bytes_per_s)])
 
     def alone_ns(self, num_bytes: int, calls: int) -> int:
         """How long such a flow needs the path that it has to itself; the latency is not in it."""
@@ -68,11 +74,25 @@ class Path:
 
 
 class Flow:
-    """A transfer under way. `top`: its rate where nobody is in its way; `left` when it was last looked at, `since`;
-    `finish`: when the last byte is sent if nothing changes; `due`: when its timer rings, `finish` or later.
+    """A transfer under way. `top`: its rate where nobody is in its way; `full`: the link that is, full and with nobody
+    faster on it; `left` when it was last looked at, `since`; `finish`: when the last byte is sent if nothing changes;
+    `due`: when its timer rings, `finish` or later.
     """
 
-    __slots__ = ("due", "finish", "latency_ns", "left", "links", "on_end", "parties", "rate", "since", "timer", "top")
+    __slots__ = (
+        "due",
+        "finish",
+        "full",
+        "latency_ns",
+        "left",
+        "links",
+        "on_end",
+        "parties",
+        "rate",
+        "since",
+        "timer",
+        "top",
+    )
 
     def __init__(
         self,
@@ -89,6 +109,7 @@ class Flow:
         self.left = num_bytes * BYTE
         self.top = min(path.top, -(-self.left // alone)) if num_bytes else 0
         self.rate = self.top
+        self.full: Link | None = None
         self.links = path.links if num_bytes else ()
         self.latency_ns = path.latency_ns
         self.since = now
@@ -114,7 +135,7 @@ class Network:
     """All flows, in the time of a SimPy environment.
 
     A flow that has its links to itself, or shares them with room to spare, is one event. Where links are short, those
-    flows alone are looked at that are joined to the one that came or went by links that are short.
+    flows alone are looked at that share one with a flow whose rate changes.
     """
 
     def __init__(self, env: simpy.Environment) -> None:
@@ -146,7 +167,12 @@ class Network:
             link.asked += times * top
             short = short or link.asked > link.capacity
         if short:
-            self._share((flow,))
+            flow.rate = 0
+            changed = {flow: None}
+            for link, _ in links:
+                if link.asked > link.capacity:
+                    changed.update(dict.fromkeys(link.flows))
+            self._share(changed)
         else:
             self._set(flow, flow.finish + flow.latency_ns)
 
@@ -201,71 +227,100 @@ class Network:
         if gainers:
             self._share(gainers)
 
-    def _share(self, changed: Iterable[Flow]) -> None:
-        """New rates for these flows and all that links which are short join to them."""
-        flows = dict.fromkeys(changed)
-        links: dict[Link, None] = {}
-        todo = list(flows)
-        while todo:
-            for link, _ in todo.pop().links:
-                if link.asked > link.capacity and link not in links:
-                    links[link] = None
-                    for other in link.flows:
-                        if other not in flows:
-                            flows[other] = None
-                            todo.append(other)
+    def _share(self, flows: dict[Flow, None]) -> None:
+        """New rates for these flows, and for those that they make faster or slower."""
+        while True:
+            filled = Filling(flows)
+            joined = filled.joined()
+            if not joined:
+                break
+            flows.update(joined)
         now = int(self._env.now)
-        for flow, rate in max_min(flows, links).items():
+        for flow, rate in filled.rates.items():
+            flow.full = filled.full.get(flow)
             if rate != flow.rate:
-                flow.left = max(0, flow.left - flow.rate * (now - flow.since))
+                flow.left -= flow.rate * (now - flow.since)
                 flow.since, flow.rate = now, rate
-                flow.finish = now - (-flow.left // rate)
+                flow.finish = now - (-max(0, flow.left) // rate)
             if flow.finish < flow.due:  # else the timer rings early, and is set again
                 self._set(flow, flow.finish)
 
 
-def max_min(flows: Iterable[Flow], links: Iterable[Link]) -> dict[Flow, int]:
-    """The rate of each flow if it grows together with the others until a link of its path is full, or its own top.
+class Filling:
+    """Rates of some flows while all others keep theirs: they grow together until a link is full, or a flow at its top.
 
-    `links`: those that can be full, with all flows that cross them among `flows`. Links are taken by what they have
-    left for each flow, then by name, so that the order of the arguments makes no difference.
+    Links are taken by what they have left for each flow, then by name, so that the order of flows makes no difference.
     """
-    rates: dict[Flow, int] = {}
-    spare = {link: link.capacity for link in links}
-    crossings = {link: sum(link.flows.values()) for link in spare}
 
-    def fix(flow: Flow, rate: int) -> None:
-        rates[flow] = rate
+    def __init__(self, flows: Mapping[Flow, None]) -> None:
+        self.rates: dict[Flow, int] = {}
+        self.full: dict[Flow, Link] = {}
+        self._levels: dict[Link, int] = {}  # of those that are full, the rate of the flows that wait for them
+        self._spare, self._crossings = {}, {}
+        for link in dict.fromkeys(link for flow in flows for link, _ in flow.links):
+            if link.asked > link.capacity:
+                spare, crossings = link.capacity, 0
+                for flow, times in link.flows.items():
+                    if flow in flows:
+                        crossings += times
+                    else:
+                        spare -= flow.rate * times
+                self._spare[link], self._crossings[link] = spare, crossings
+        self._fill(flows)
+
+    def _fill(self, flows: Mapping[Flow, None]) -> None:
+        spare, crossings, rates = self._spare, self._crossings, self.rates
+        heap = [(spare[link] // count, link.name, link) for link, count in crossings.items()]
+        heapify(heap)
+        by_top = sorted(flows, key=_top)
+        place = 0
+        while heap:
+            share, name, link = heap[0]
+            if not crossings[link]:
+                heappop(heap)
+                continue
+            if (now := spare[link] // crossings[link]) > share:
+                heapreplace(heap, (now, name, link))
+                continue
+            while place < len(by_top) and by_top[place].top <= share:
+                if by_top[place] not in rates:
+                    self._fix(by_top[place], by_top[place].top)
+                place += 1
+            if crossings[link] and spare[link] // crossings[link] == share:
+                heappop(heap)
+                self._levels[link] = share
+                for flow in link.flows:
+                    if flow in flows and flow not in rates:
+                        self._fix(flow, share)
+                        self.full[flow] = link
+        for flow in by_top[place:]:
+            if flow not in rates:
+                rates[flow] = flow.top
+
+    def _fix(self, flow: Flow, rate: int) -> None:
+        self.rates[flow] = rate
         for link, times in flow.links:
-            if link in spare:
-                spare[link] -= rate * times
-                crossings[link] -= times
+            if link in self._spare:
+                self._spare[link] -= rate * times
+                self._crossings[link] -= times
 
-    heap = [(spare[link] // count, link.name, link) for link, count in crossings.items()]
-    heapify(heap)
-    by_top = sorted(flows, key=_top)
-    place = 0
-    while heap:
-        share, name, link = heap[0]
-        if not crossings[link]:
-            heappop(heap)
-            continue
-        if (now := spare[link] // crossings[link]) > share:
-            heapreplace(heap, (now, name, link))
-            continue
-        while place < len(by_top) and by_top[place].top <= share:
-            if by_top[place] not in rates:
-                fix(by_top[place], by_top[place].top)
-            place += 1
-        if (crossings[link] and spare[link] // crossings[link]) == share:
-            heappop(heap)
+    def joined(self) -> dict[Flow, None]:
+        """Flows that cannot keep their rates: they wait for a link that is not full any more, or has a faster flow on
+        it now; or they are faster on a full link than flows which wait for that.
+        """
+        rates = self.rates
+        found: dict[Flow, None] = {}
+        for link, spare in self._spare.items():
+            fastest = max((rates[flow] for flow in link.flows if flow in rates), default=0)
+            level = self._levels.get(link)
+            full = spare < sum(link.flows.values())
             for flow in link.flows:
-                if flow not in rates:
-                    fix(flow, share)
-    for flow in by_top[place:]:
-        if flow not in rates:
-            rates[flow] = flow.top
-    return rates
+                if flow in rates:
+                    continue
+                freed = flow.full is link and (not full or fastest > flow.rate)
+                if freed or (level is not None and flow.rate > level):
+                    found[flow] = None
+        return found
 
 
 def _top(flow: Flow) -> int:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.vocabulary import NS_PER_S, to_ns
-from sim.network import BYTE, UNIT, Flow, Link, Network, Path
+from sim.network import BYTE, UNIT, Filling, Flow, Link, Network, Path
 
 RATES = (1e6, 3e6, 7e5, 1e9)
 MS = 1_000_000
@@ -237,22 +237,33 @@ def test_two_share_and_one_alone_takes_over() -> None:
 
 def test_only_what_a_full_link_joins_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand flows elsewhere, and a link with room for all: the work is that of the two who compete."""
-    import sim.network
-
     sizes: list[int] = []
-    filled = sim.network.max_min
 
-    def counted(flows: dict[Flow, None], links: dict[Link, None]) -> dict[Flow, int]:
-        sizes.append(len(list(flows)))
-        return filled(flows, links)
+    class Counted(Filling):
+        def __init__(self, flows: dict[Flow, None]) -> None:
+            sizes.append(len(flows))
+            super().__init__(flows)
 
-    monkeypatch.setattr(sim.network, "max_min", counted)
+    monkeypatch.setattr("sim.network.Filling", Counted)
     net = Net([1e6] * 1001 + [1e12])
     for number in range(1000):
         net.start(number, Asked(0, [number, 1001], 10**6, 0, 0.0, "p"))
     assert sizes == []
     net.start(1000, Asked(0, [7, 1001], 10**6, 0, 0.0, "q"))
     assert sizes == [2]
+
+
+def test_a_change_goes_no_further_than_it_is_felt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a row of links of which each two have a flow in common, one at the end is nothing to those far away."""
+    net = Net([1e6] * 400)
+    for number in range(399):
+        net.start(number, Asked(0, [number, number + 1], 10**6, 0, 0.0, "p"))
+    rates = {flow: flow.rate for flow in net.flows}
+    for number in range(3):
+        net.start(1000 + number, Asked(0, [0], 10**6, 0, 0.0, "q"))
+    changed = [flow for flow, rate in rates.items() if flow.rate != rate]
+    check_rates(net)
+    assert 0 < len(changed) < 20
 
 
 def test_crossing_a_link_twice_takes_twice() -> None:
