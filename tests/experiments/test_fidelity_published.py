@@ -18,7 +18,7 @@ BOUNDS = {
     "vLLM-Disagg": 0.45,
     "Mooncake": 1.4,
 }
-"""Of the error, by a part of the figure's name; the rest: 0.3. A time per call does not describe Mooncake's transport."""
+"""Of the error, by a part of the figure's name, the rest 0.3. No time per call describes Mooncake's transport."""
 
 
 @pytest.fixture(scope="module")
