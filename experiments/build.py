@@ -300,7 +300,8 @@ def engine_config(cfg: DictConfig, spec: ExecutorSpec) -> EngineConfig:
 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
-        sizes = (values["block_tokens"], values["token_budget"], values["max_sequences"])
+        budgets = (values.get(name) or 0 for name in ("token_budget", "prefill_token_budget", "decode_token_budget"))
+        sizes = (values["block_tokens"], max(budgets), values["max_sequences"])
         values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), model_shape(cfg), spec.npus, *sizes)
     for name, kind in ENGINE_POLICIES.items():
         if name in values:  # an option of one's own may leave it to the engine's default

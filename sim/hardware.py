@@ -106,6 +106,7 @@ class Hardware(msgspec.Struct, frozen=True):
             memory_bytes_per_s=self.dram_bytes_per_s,
             rack_hosts=self.rack_hosts,
             oversubscription=self.oversubscription,
+            name=self.name,
         )
 
     def collective(self, npus: int) -> tuple[float, float]:

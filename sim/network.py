@@ -279,8 +279,8 @@ class Filling:
             if not crossings[link]:
                 heappop(heap)
                 continue
-            if (now := spare[link] // crossings[link]) > share:
-                heapreplace(heap, (now, name, link))
+            if (risen := spare[link] // crossings[link]) > share:
+                heapreplace(heap, (risen, name, link))
                 continue
             while place < len(by_top) and by_top[place].top <= share:
                 if by_top[place] not in rates:

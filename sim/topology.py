@@ -37,7 +37,7 @@ class HostShape(msgspec.Struct, frozen=True):
     None: what their PCIe takes) and its disk (`ssd`, per host). `domain_npus` (0: those of a host) are joined by
     `peer`, in a `mesh` by a wire of `pair` between each two beside; the NPUs of a `package` by a wire of its own.
     Everything else goes over `nic`, and from one rack of `rack_hosts` to another through `oversubscription` times less
-    than their NICs can send (None: no racks).
+    than their NICs can send (None: no racks). `name`: of the hardware; hosts of another name are other hosts.
     """
 
     nic: Wire
@@ -53,6 +53,7 @@ class HostShape(msgspec.Struct, frozen=True):
     memory_bytes_per_s: float | None = None
     rack_hosts: int | None = None
     oversubscription: float = 1.0
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.npus < 1 or self.domain_hosts * self.npus != max(self.domain_npus, self.npus):

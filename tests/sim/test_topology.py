@@ -1,5 +1,6 @@
 """Who sits where, what joins two executors, and what lies in a host's memory."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +41,13 @@ def test_first_fit() -> None:
     made.leave("a")
     assert npus(made.place("e", SERVER, 3)) == [(0, [0, 1, 2])]
     assert npus(made.place("f", SERVER, 2)) == [(1, [6, 7])]
+
+
+def test_another_kind_of_hardware_sits_on_other_hosts() -> None:
+    """Also where the two have the same wires."""
+    made = topology(("a", SERVER, 1), ("b", msgspec.structs.replace(SERVER, name="other"), 1))
+    assert npus(made.seats["a"]) == npus(made.seats["b"]) == [(0, [0])]
+    assert made.joined_by("a", "b") == "network"
 
 
 def test_even_numbers_of_dies_take_whole_packages() -> None:
