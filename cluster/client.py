@@ -6,7 +6,8 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from itertools import dropwhile
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -80,6 +81,22 @@ class Client:
                 return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
             case _:
                 return []
+
+    def resume(self, workload: Iterable[Arrival]) -> None:
+        """Go on where this client was when it was pickled; of the same workload, what it has read is passed over."""
+        self._workload = dropwhile(self._has_read, workload)
+
+    def _has_read(self, arrival: Arrival) -> bool:
+        return arrival.request.request_id <= self._last_id
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the workload, see `resume`."""
+        return {**self.__dict__, "_workload": iter(())}
+
+    @property
+    def start_ns(self) -> int:
+        """When the times of the workload begin."""
+        return self._start_ns
 
     def _timer(self, event: ev.TimerFired) -> list[Action]:
         if event.name == _NEXT:

@@ -1,20 +1,20 @@
 """The control plane of one run: the actors, who hears what, and the log that lets a run be replayed bit for bit."""
 
 from collections.abc import Sequence
-from typing import IO, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from cluster.actions import Action
 from cluster.client import ClientActor
+from cluster.decision_log import Decision, LogHeader
 from cluster.events import Event, FirstToken
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.seam import Cluster
 
 C = TypeVar("C", bound=ClientActor)
-LOG_SCHEMA = "deepflow-decisions/1"
 
 
 class Actor(Protocol):
@@ -26,20 +26,6 @@ class Actor(Protocol):
     def on_event(self, event: Event) -> list[Action]:
         """What to do about an event. No I/O, no clock."""
         ...
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """One line of `decisions.jsonl`: what the control plane did about an event."""
-
-    sequence: int
-    event: Event
-    actions: list[Action]
-
-
-class LogHeader(msgspec.Struct, frozen=True):
-    """First line of `decisions.jsonl`."""
-
-    schema: str = LOG_SCHEMA
 
 
 class ControlPlane(Generic[C]):
@@ -63,9 +49,19 @@ class ControlPlane(Generic[C]):
         self._sequence = 0
 
     def log_to(self, log: IO[bytes]) -> None:
-        """Write every decision from here on as a line of JSON, behind a header line with the schema."""
+        """Write every decision from here on as a line of JSON, behind a header line with the schema where it is the
+        first.
+        """
         self._log = log
-        log.write(self._encode(LogHeader()) + b"\n")
+        if not self._sequence:
+            log.write(self._encode(LogHeader()) + b"\n")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the log, which whoever goes on from here opens anew."""
+        return {**self.__dict__, "_log": None, "_encode": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_encode": msgspec.json.Encoder().encode}
 
     def on_event(self, event: Event) -> list[Action]:
         """Let the addressed actor decide. A first token is heard by the client too: it sees its answer begin."""

@@ -1,27 +1,37 @@
 """From a configuration to the objects of a run: workload, control plane, cluster."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
+from cluster import cost
 from cluster.acceptance import Acceptance
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.job_executor import JobExecutor
+from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, Slo, Window
+from cluster.metrics import Slo, Window
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
 from experiments.config import CONF, build, plain, typed
-from flowserve.core.record import StepSpan, read_turns, spans
-from flowserve.core.scheduler import EngineConfig
+from experiments.models import by_group, served, shape_of
+from experiments.models import model_folder as model_folder
+from experiments.models import model_name as model_name
+from experiments.models import model_shape as model_shape
+from experiments.task_log import TaskLog
+from experiments.timeline import Spans
+from flowserve.core import record
+from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware
@@ -43,8 +53,6 @@ ENGINE_POLICIES = {
     "eviction": EvictionPolicy,
     "chunking": ChunkPolicy,
 }
-LARGEST_RANDOM_MODEL = 500_000_000
-"""Parameters. Random weights serve to try things out; nobody means to write those of a large model to the disk."""
 
 
 DRAWING = (
@@ -61,7 +69,12 @@ DRAWING = (
 
 
 class GroupConfig(msgspec.Struct, frozen=True):
-    """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's."""
+    """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's.
+    `model`: the same of conf/model, or a Hugging Face folder. `copies` above 0: the entry stands for so many models of
+    that shape (fine-tuned ones, say), named NAME-0, NAME-1 and so on, and a group of each. `profile`: the latency
+    profile of this model on this hardware, in place of the run's latency model. `pipeline_stages`,
+    `attention_groups`: how its executors spread the model, where that is not in its shape (`ModelShape`).
+    """
 
     role: Role
     executors: int
@@ -69,6 +82,20 @@ class GroupConfig(msgspec.Struct, frozen=True):
     minimum: int = 0
     maximum: int = 64
     hardware: str = ""
+    model: str = ""
+    copies: int = 0
+    profile: str = ""
+    pipeline_stages: int | None = None
+    attention_groups: int | None = None
+
+    def spread(self, shape: ModelShape) -> ModelShape:
+        """The shape as the executors of this group have it."""
+        stages, parts = self.pipeline_stages, self.attention_groups
+        return msgspec.structs.replace(
+            shape,
+            pipeline_stages=shape.pipeline_stages if stages is None else stages,
+            attention_groups=shape.attention_groups if parts is None else parts,
+        )
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -82,9 +109,12 @@ class Settings(msgspec.Struct, frozen=True):
     warmup_s: float
     cooldown_s: float
     profile_max_prompt: int
+    electricity_per_kwh: float
     decisions: bool
     report: bool
     progress: bool
+    watch: bool
+    snapshot_at: float | None
     out: str | None
 
 
@@ -146,6 +176,13 @@ def check_types(cfg: DictConfig) -> None:
     ):
         typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
+    if cfg.snapshot_at is not None and not (cfg.snapshot_at >= 0 and cfg.backend.name == "sim"):
+        raise ValueError(
+            f"snapshot_at is {cfg.snapshot_at} on backend {cfg.backend.name}: allowed are seconds from 0 up of a "
+            "simulated run"
+        )
+    if cfg.electricity_per_kwh < 0:
+        raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")
     for field in ("report_period_s", "step_s", "prefill_token_s"):
         if cfg.backend.get(field, 0.0) < 0:
             raise ValueError(f"backend.{field} is {cfg.backend[field]}: allowed are seconds from 0 up")
@@ -157,43 +194,6 @@ class Workload(NamedTuple):
     arrivals: Iterable[Arrival]
     source: str
     stand_in: bool
-
-
-def model_shape(cfg: DictConfig) -> ModelShape:
-    """The model's sizes: from config.json where a folder is named, else as configured.
-
-    A real engine keeps weights and KV cache in its own dtype, a simulated one in that of the files.
-    """
-    if cfg.model.folder is None:
-        return typed(cfg.model.shape, ModelShape, "model.shape")
-    folder = Path(cfg.model.folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.folder is {folder}: there is no config.json of a Hugging Face model")
-    from flowserve.models import read_config
-
-    config = read_config(folder)
-    dtype = cfg.backend.get("dtype", config.dtype)
-    return ModelShape(
-        name=folder.resolve().name,
-        family=config.model_type,
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
-        bytes_per_value=4 if dtype == "float32" else 2,
-        tied_embeddings=config.tied,
-        sparse_layers=sum(config.is_sparse(layer) for layer in range(config.num_layers)),
-        experts=config.num_experts,
-        experts_per_token=config.num_experts_per_tok,
-        expert_intermediate=config.moe_intermediate_size,
-    )
-
-
-def model_name(cfg: DictConfig) -> str:
-    return model_shape(cfg).name
 
 
 def workload(cfg: DictConfig) -> Workload:
@@ -230,7 +230,19 @@ def workload(cfg: DictConfig) -> Workload:
         arrivals = ClipLengths(arrivals, trace.max_prompt_tokens, trace.max_output_tokens)
     if trace.limit is not None:
         arrivals = Limit(arrivals, trace.limit)
+    if cfg.mix["_target_"] is not None:
+        how = {**plain(cfg.mix), "_partial_": True, "_convert_": "all"}
+        arrivals = build(how, "mix", models=list(served(cfg)), seed=cfg.seed)(arrivals)
     return Workload(arrivals, source, stand_in and trace.reader is not None)
+
+
+def rate_from(arrivals: Iterable[Arrival], since_ns: int, rate: float, before: float) -> Iterable[Arrival]:
+    """What comes from then on at another `trace.rate`."""
+    from traces.transforms import RateFrom
+
+    if not rate > 0:
+        raise ValueError(f"trace.rate is {rate}: allowed is a factor above 0 (1 keeps the trace's own rate)")
+    return RateFrom(arrivals, since_ns, rate / before)
 
 
 def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
@@ -239,44 +251,80 @@ def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
     return tuple(f"je-{number}" for number in range(cfg.job_executors))
 
 
+class GroupEntry(NamedTuple):
+    """What an entry of `fleet.groups` says of one TE group."""
+
+    plan: GroupPlan
+    shape: ModelShape
+    profile: str
+
+
 def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
     """The TE groups of `fleet`."""
-    plans: list[GroupPlan] = []
-    for number, node in enumerate(cfg.fleet.groups):
-        group = typed(node, GroupConfig, f"fleet.groups[{number}]")
+    return tuple(entry.plan for entry in group_entries(cfg).values())
+
+
+def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
+    """The same with what stands behind each."""
+    entries: dict[ExecutorSpec, GroupEntry] = {}
+    roles: dict[str, set[Role]] = {}
+    for number, (node, (model, called)) in enumerate(zip(cfg.fleet.groups, by_group(cfg), strict=True)):
+        where = f"fleet.groups[{number}]"
+        group = typed(node, GroupConfig, where)
         if group.npus < 1:
-            raise ValueError(f"fleet.groups[{number}].npus is {group.npus}: an executor takes at least one")
+            raise ValueError(f"{where}.npus is {group.npus}: an executor takes at least one")
+        if group.copies < 0:
+            raise ValueError(f"{where}.copies is {group.copies}: allowed are 0 (the model itself) and more")
         if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
+            raise ValueError(f"{where} has zero executors and scaling never adds one: set executors to 1 or more")
+        shape = group.spread(shape_of(cfg, model))
+        if cfg.backend.name == "sim":
+            shape.check_split(group.npus)
+        elif shape.pipeline_stages > 1 or shape.groups(group.npus) > 1:
+            raise ValueError(f"{where}: real engines have neither pipeline stages nor attention groups; leave them out")
+        for name in called:
+            spec = ExecutorSpec(name, group.role, group.npus, group.hardware)
+            if spec in entries:
+                raise ValueError(f"{where} is another group of {group.role} executors of {name}: make them one")
+            plan = GroupPlan(spec, group.executors, group.minimum, group.maximum)
+            entries[spec] = GroupEntry(plan, shape, group.profile)
+            roles.setdefault(name, set()).add(group.role)
+    for name, found in roles.items():
+        if found not in ROLES_THAT_SERVE:
             raise ValueError(
-                f"fleet.groups[{number}] has zero executors and scaling never adds one: set executors to 1 or more"
+                f"fleet.groups has only {' and '.join(sorted(found))} executors of {name}, which cannot finish a "
+                "request: needed are colocated ones, or prefill and decode together"
             )
-        spec = ExecutorSpec(model_name(cfg), group.role, group.npus, group.hardware)
-        if any(spec == plan.spec for plan in plans):
-            raise ValueError(f"fleet.groups[{number}] is another group of {group.role} executors: make them one")
-        plans.append(GroupPlan(spec, group.executors, group.minimum, group.maximum))
-    roles = {plan.spec.role for plan in plans}
-    if plans and roles not in ROLES_THAT_SERVE:
-        raise ValueError(
-            f"fleet.groups has only {' and '.join(sorted(roles))} executors, which cannot finish a request: needed are "
-            "colocated ones, or prefill and decode together"
-        )
-    return tuple(plans)
+    return entries
+
+
+def dispatch_policy(cfg: DictConfig, job_executor: str) -> DispatchPolicy:
+    """That of one job executor."""
+    policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {job_executor}"))
+    if not isinstance(policy, DispatchPolicy):
+        raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
+    return policy
+
+
+def scaling_policy(cfg: DictConfig) -> ScalingPolicy:
+    policy = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
+    if not isinstance(policy, ScalingPolicy):
+        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    return policy
 
 
 def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane[Client]:
     """Client, job executors (each with a policy object of its own) and cluster manager."""
     names = job_executor_names(cfg)
-    job_executors = []
-    for number, name in enumerate(names):
-        policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {name}"))
-        if not isinstance(policy, DispatchPolicy):
-            raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
-        job_executors.append(JobExecutor(name, number, policy, cfg.max_attempts, cfg.max_parked))
-    scaling = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
-    if not isinstance(scaling, ScalingPolicy):
-        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    job_executors = [
+        JobExecutor(name, number, dispatch_policy(cfg, name), cfg.max_attempts, cfg.max_parked)
+        for number, name in enumerate(names)
+    ]
+    scaling = scaling_policy(cfg)
     client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
-    return ControlPlane(client, job_executors, ClusterManager(groups(cfg), scaling, names), recorder)
+    limit: int | None = typed(cfg.fleet.get("npus"), int | None, "fleet.npus")  # type: ignore[arg-type]
+    manager = ClusterManager(groups(cfg), scaling, names, npus=limit)
+    return ControlPlane(client, job_executors, manager, recorder)
 
 
 def objectives(cfg: DictConfig) -> tuple[Slo, Window]:
@@ -294,15 +342,24 @@ def hardware_of(cfg: DictConfig, spec: ExecutorSpec) -> Hardware:
     return typed(OmegaConf.load(file), Hardware, str(file))
 
 
-def engine_config(cfg: DictConfig, spec: ExecutorSpec) -> EngineConfig:
-    """Engine limits; KV cache blocks by what fits where the configuration leaves them open."""
+def costs(cfg: DictConfig, recorder: Recorder) -> dict[str, float]:
+    """What a run cost, each executor at the rates of its own hardware, see `cluster.cost`."""
+    rates = {spec: hardware_of(cfg, spec).rates for spec in {each.spec for each in recorder.held()}}
+    return cost.costs(recorder, rates.__getitem__, float(cfg.electricity_per_kwh))
+
+
+def engine_config(cfg: DictConfig, spec: ExecutorSpec, shape: ModelShape | None = None) -> EngineConfig:
+    """Engine limits; KV cache blocks by what fits where the configuration leaves them open. `shape`: of the model that
+    the executor serves, where it is known.
+    """
     from sim.hardware import kv_blocks
 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
+        shape = shape or model_shape(cfg, spec.model)
         budgets = (values.get(name) or 0 for name in ("token_budget", "prefill_token_budget", "decode_token_budget"))
         sizes = (values["block_tokens"], max(budgets), values["max_sequences"])
-        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), model_shape(cfg), spec.npus, *sizes)
+        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), shape, spec.npus, *sizes)
     for name, kind in ENGINE_POLICIES.items():
         if name in values:  # an option of one's own may leave it to the engine's default
             values[name] = engine_policy(values[name], kind, f"engine.{name}")
@@ -329,39 +386,67 @@ def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
 
 def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
-    from sim.cluster import Node
     from sim.coldstart import ColdStart
+    from sim.node import Node
 
-    shape = model_shape(cfg)
-    start = typed(cfg.coldstart, ColdStart, "coldstart")
-    nodes: dict[ExecutorSpec, Node] = {}
+    cold = typed(cfg.coldstart, ColdStart, "coldstart")
+    entries = group_entries(cfg)
+    profiled(cfg, entries)
+    made: dict[tuple[Any, ...], Node] = {}
 
     def node_for(spec: ExecutorSpec) -> Node:
-        if spec not in nodes:
+        entry = entries[spec]
+        shape = entry.shape
+        kind = (shape, spec.npus, spec.hardware, entry.profile)  # copies of a model are alike
+        if kind not in made:
             hardware = hardware_of(cfg, spec)
-            model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
-            engine = engine_config(cfg, spec)
-            nodes[spec] = Node(
+            model = latency_model(cfg, hardware, shape, spec.npus, entry.profile)
+            engine = engine_config(cfg, spec, shape)
+            made[kind] = Node(
                 engine=engine,
                 latency=lambda: model,
-                stages=start.stages(),
+                stages=cold.stages(),
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 host=hardware.host(),
                 contention=hardware.contention,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
-                load=start.loading(shape.name, shape.weight_bytes, shape.weight_bytes_on(spec.npus)),
+                load=cold.loading(shape.weight_bytes, shape.weight_bytes_on(spec.npus), shape.pipeline_stages),
             )
-        return nodes[spec]
+        return made[kind]
 
-    for group in groups(cfg):
-        node_for(group.spec)  # a model that does not fit is an error now, not in the middle of the run
+    for spec in entries:
+        node_for(spec)  # a model that does not fit is an error now, not in the middle of the run
     return node_for
 
 
+def profiled(cfg: DictConfig, entries: Mapping[ExecutorSpec, GroupEntry]) -> None:
+    """ValueError: one file of measured steps is to speak for several kinds of executors."""
+    if "path" not in cfg.latency:
+        return
+    kinds = {(entry.shape.name, spec.npus, spec.hardware) for spec, entry in entries.items() if not entry.profile}
+    if len(kinds) > 1:
+        said = ", ".join(f"{model} on {npus} x {name or cfg.hardware.name}" for model, npus, name in sorted(kinds))
+        raise ValueError(
+            f"latency.path is {cfg.latency.path}, measured on one kind of executor, but the fleet has several: {said}; "
+            "name a profile of each in fleet.groups[].profile, or take latency=roofline"
+        )
+
+
+def latency_model(cfg: DictConfig, hardware: Hardware, shape: ModelShape, npus: int, profile: str) -> LatencyModel:
+    """How long the steps of a simulated executor take: by its group's own profile, or as `cfg.latency` says."""
+    if profile:
+        from sim.profile import load_latency
+
+        return load_latency(profile)
+    model: LatencyModel = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=npus)
+    return model
+
+
 def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
-    from sim.cluster import Delays, Failure, SimCluster
+    from sim.cluster import SimCluster
+    from sim.node import Delays, Failure
 
     backend, node_for = cfg.backend, sim_node(cfg)
     return SimCluster(
@@ -380,28 +465,35 @@ def sim_hosts(cfg: DictConfig, node_for: Callable[[ExecutorSpec], Any]) -> "Host
     """The hosts of a simulated run. ValueError: the executors it starts with do not fit."""
     from sim.topology import Hosts, Topology
 
-    shape = model_shape(cfg)
-    preloaded = ((shape.name, shape.weight_bytes),) if cfg.coldstart.get("preloaded") else ()
+    entries = group_entries(cfg)
+    weights = {spec.model: entry.shape.weight_bytes for spec, entry in entries.items()}
+    preloaded = tuple(reversed(weights.items())) if cfg.coldstart.get("preloaded") else ()  # popular ones leave last
     hosts = Hosts(cfg.backend.hosts, preloaded)
     topology = Topology(hosts)
-    for number, group in enumerate(groups(cfg)):
-        for executor in range(group.initial):
-            if topology.place(f"{number}/{executor}", node_for(group.spec).host, group.spec.npus) is None:
+    for spec, entry in entries.items():
+        for executor in range(entry.plan.initial):
+            if topology.place(f"{spec} {executor}", node_for(spec).host, spec.npus) is None:
                 raise ValueError(
-                    f"backend.hosts is {hosts.count}: executor {executor + 1} of fleet.groups[{number}], which takes "
-                    f"{group.spec.npus} NPUs, has no room; give more hosts, or null for as many as needed"
+                    f"backend.hosts is {hosts.count}: {spec.role} executor {executor + 1} of {spec.model}, which takes "
+                    f"{spec.npus} NPUs, has no room; give more hosts, or null for as many as needed"
                 )
     return hosts
 
 
-def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
-    """What the engines of a run computed when, as far as `backend.record` had it recorded."""
+def spans(cluster: Cluster, folder: Path, tasks: TaskLog) -> Spans:
+    """What happened when, for the timeline; what engines computed as far as `backend.record` had it recorded."""
     from sim.cluster import SimCluster
 
     if isinstance(cluster, SimCluster):
-        yield from cluster.steps
-    for path in sorted((folder / "engines").glob("*.turns.jsonl")):
-        yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
+        return Spans(tasks, cluster.steps, cluster.transfers)
+    turns = {
+        path.name.removesuffix(".turns.jsonl"): path for path in sorted((folder / "engines").glob("*.turns.jsonl"))
+    }
+    return Spans(
+        tasks,
+        chain.from_iterable(record.spans(name, record.read_turns(path)) for name, path in turns.items()),
+        chain.from_iterable(record.transfers(name, record.read_turns(path)) for name, path in turns.items()),
+    )
 
 
 def notes(cluster: Cluster) -> list[str]:
@@ -424,23 +516,25 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     from real.cluster import Engine, RealCluster
     from real.metrics import ServingMetrics
 
-    backend, vocab = cfg.backend, model_shape(cfg).vocab
-    device: NullDevice | TorchDevice
-    if device_name(cfg) == "null":
-        acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
-        device = NullDevice(backend.step_s, backend.prefill_token_s, vocab, acceptance)
-    else:
-        device = TorchDevice(
-            model_folder(cfg),
-            device_name(cfg),
-            backend.dtype,
-            backend.threads,
-            backend.ssd_folder,
-            tuple(backend.graph_sizes),
-            draft_model(cfg),
-            backend.memory_share,
-        )
-    engines = {group.spec: Engine(engine_config(cfg, group.spec), device) for group in groups(cfg)}
+    backend, found = cfg.backend, served(cfg)
+    vocab = {name: shape_of(cfg, node).vocab for name, node in found.items()}
+    devices: dict[str, NullDevice | TorchDevice] = {}
+    for name in found:
+        if device_name(cfg) == "null":
+            acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
+            devices[name] = NullDevice(backend.step_s, backend.prefill_token_s, vocab[name], acceptance)
+        else:
+            devices[name] = TorchDevice(
+                model_folder(cfg, name),
+                device_name(cfg),
+                backend.dtype,
+                backend.threads,
+                backend.ssd_folder,
+                tuple(backend.graph_sizes),
+                draft_model(cfg, name),
+                backend.memory_share,
+            )
+    engines = {group.spec: Engine(engine_config(cfg, group.spec), devices[group.spec.model]) for group in groups(cfg)}
     logs = None
     if folder is not None:
         logs = folder / "engines"
@@ -448,7 +542,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     return RealCluster(
         actors,
         engines.__getitem__,
-        lambda _: vocab,
+        lambda name: vocab.get(name, min(vocab.values())),  # nobody serves another, so it fails in any case
         sampling(cfg),
         backend.report_period_s,
         logs,
@@ -474,7 +568,7 @@ def device_name(cfg: DictConfig) -> str:
     return "null" if cfg.backend.device is None else str(cfg.backend.device)
 
 
-def draft_model(cfg: DictConfig) -> str | None:
+def draft_model(cfg: DictConfig, name: str | None = None) -> str | None:
     """The folder of the model that guesses. ValueError: it is missing, no model, of another vocabulary, or not used."""
     folder, engine = cfg.backend.draft_model, cfg.engine
     used = engine.speculative_tokens and engine.drafter == "model"
@@ -494,44 +588,10 @@ def draft_model(cfg: DictConfig) -> str | None:
         raise ValueError(f"backend.draft_model is {folder}: there is no config.json of a Hugging Face model")
     from flowserve.models import read_config
 
-    found, wanted = read_config(Path(folder)).vocab_size, model_shape(cfg).vocab
+    found, wanted = read_config(Path(folder)).vocab_size, model_shape(cfg, name).vocab
     if found != wanted:
         raise ValueError(
-            f"backend.draft_model {folder} has a vocabulary of {found} tokens, the model {model_name(cfg)} of "
+            f"backend.draft_model {folder} has a vocabulary of {found} tokens, the model {name or model_name(cfg)} of "
             f"{wanted}: take a smaller model of the same family"
         )
     return str(folder)
-
-
-def model_folder(cfg: DictConfig) -> str:
-    """The model's Hugging Face folder; random weights of its shape, made once, where none is named."""
-    if cfg.model.folder is not None:
-        return str(cfg.model.folder)
-    shape = model_shape(cfg)
-    if shape.parameters > LARGEST_RANDOM_MODEL:
-        raise ValueError(
-            f"model {shape.name} has no weights: name a Hugging Face folder with model.folder=DIR, or take "
-            "model=tiny_llama, whose weights are drawn at random"
-        )
-    from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
-
-    return str(
-        make_checkpoint(
-            shape.name,
-            CheckpointShape(
-                hidden_size=shape.hidden,
-                num_layers=shape.layers,
-                num_heads=shape.heads,
-                num_kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                intermediate_size=shape.intermediate,
-                vocab_size=shape.vocab,
-                family=shape.family,
-                num_experts=shape.experts,
-                experts_per_token=shape.experts_per_token,
-                expert_size=shape.expert_intermediate,
-                dense_layers=shape.layers - shape.sparse_layers if shape.experts else 0,
-                tie=shape.tied_embeddings,
-            ),
-        )
-    )

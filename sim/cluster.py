@@ -13,6 +13,7 @@ from cluster.acceptance import Acceptance
 from cluster.actions import (
     AbortTask,
     Action,
+    CancelRequest,
     DispatchTask,
     DrainExecutor,
     EndRequest,
@@ -45,73 +46,21 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.plan import Verify
-from flowserve.core.record import StepSpan
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.record import StepSpan, TransferSpan
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
-from sim.coldstart import Load
+from sim.alarm import NORMAL, Alarm
 from sim.executor import SimExecutor
 from sim.network import Network, Path
+from sim.node import Delays, Failure, Node
 from sim.starting import Starter
-from sim.topology import Hosts, HostShape, Topology
+from sim.tokenizers import Tokenizers
+from sim.topology import Hosts, Topology
 
 NEVER = float("inf")
-
-
-class Delays(msgspec.Struct, frozen=True):
-    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor."""
-
-    dispatch_s: float = 0.0
-    event_s: float = 0.0
-    decision_s: float = 0.0
-    peer_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            if getattr(self, field) < 0:
-                raise ValueError(f"delays.{field} is {getattr(self, field)}: allowed are seconds from 0 up")
-
-
-class Node(msgspec.Struct, frozen=True):
-    """What stands behind one kind of executor: engine limits, latency model, start-up stages, and the kind of its host.
-
-    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
-    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `acceptance`: of
-    guesses, where it speculates. `load`: weights to be moved in the stage TE_LOAD, beside the time of the stage itself.
-    """
-
-    engine: EngineConfig
-    latency: Callable[[], LatencyModel]
-    stages: Sequence[tuple[Stage, int]]
-    kv_bytes_per_token: int
-    kv_segments: int
-    host: HostShape
-    contention: float = 0.0
-    host_step_s: float = 0.0
-    acceptance: Acceptance = Acceptance()
-    load: Load | None = None
-
-    def __post_init__(self) -> None:
-        if (self.load is not None or self.engine.tiers.blocks) and self.host.pcie is None:
-            raise ValueError("the executor loads weights or has tiers below HBM, but its host has no PCIe: give it one")
-        if self.engine.tiers.ssd_blocks and self.host.ssd is None:
-            raise ValueError(f"the engine has {self.engine.tiers.ssd_blocks} blocks on SSD, but its host has no disk")
-
-    @property
-    def block_bytes(self) -> int:
-        return self.engine.block_tokens * self.kv_bytes_per_token
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """Kill an executor at a time: a fault to inject."""
-
-    at_s: float
-    executor: str
-
-    def __post_init__(self) -> None:
-        if self.at_s < 0:
-            raise ValueError(f"failure of {self.executor} at {self.at_s} s: allowed are seconds from 0 up")
+MOST_TRANSFERS = 50_000
+"""So many are remembered."""
 
 
 def _accept(acceptance: Acceptance, verify: Verify) -> int:
@@ -124,8 +73,9 @@ class SimCluster(Cluster):
 
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
     `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
-    keep what every executor computed when, in `steps`. `latencies`: the models that executors have used so far.
-    `hosts`: how many there are, and what lies in their memory.
+    keep what every executor computed when, in `steps`, and copies between tiers beside the first transfers between
+    executors in `transfers`. `latencies`: the models that executors have used so far. `hosts`: how many there are, and
+    what lies in their memory.
     """
 
     def __init__(
@@ -140,16 +90,20 @@ class SimCluster(Cluster):
         hosts: Hosts | None = None,
     ) -> None:
         self.steps: list[StepSpan] = []
+        self.transfers: list[TransferSpan] = []
         self.latencies: list[LatencyModel] = []
         self._record = self.steps.append if record else None
         self.env = simpy.Environment()
         self.executors: dict[str, SimExecutor] = {}
+        self._peers: dict[str, dict[str, SimExecutor]] = {}  # by model: those that may exchange KV cache
         self._node_for = node_for
         self._report_to = tuple(actor for actor in actors if actor != "client")
         self._report_period_ns = to_ns(report_period_s)
         delays = delays or Delays()
         self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
         self._decision_ns, self._peer_ns = to_ns(delays.decision_s), to_ns(delays.peer_s)
+        self._tokenizers = Tokenizers(delays.tokenizers, delays.token_s) if delays.token_s else None
+        self._encoded: dict[int, int] = {}  # when the prompts of open requests are
         self._coalesce = coalesce
         self._answers: dict[int, Answer] = {}
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
@@ -196,13 +150,17 @@ class SimCluster(Cluster):
         """ns since the start of the run."""
         return int(self.env.now)
 
+    def pause_at(self, time: int) -> None:
+        """Have `next_event` return a timer of nobody's at this time, or now where that is past, for whoever watches."""
+        self._set_timer(SetTimer(actor="", name="pause", at_ns=time))
+
     # -- actions --------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
         _PERFORM.get(type(action), SimCluster._relay)(self, action)
 
     def _set_timer(self, action: SetTimer) -> None:
-        self._at(max(0, action.at_ns - self.now()), lambda: self._timer(action))
+        self._at(max(0, action.at_ns - self.now()), partial(self._timer, action))
 
     def _abort(self, action: AbortTask) -> None:
         self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
@@ -237,7 +195,21 @@ class SimCluster(Cluster):
             del self._answers[action.request_id]
         event = relayed(action, self.now())
         assert event is not None
-        self._emit(event)
+        self._emit(event, 0 if self._tokenizers is None else self._encoding(self._tokenizers, action))
+
+    def _encoding(self, tokenizers: Tokenizers, action: Action) -> int:
+        """How long, in ns, the frontend holds back what a client says of a request whose prompt is not yet encoded."""
+        now = self.now()
+        match action:
+            case SubmitRequest():
+                done = tokenizers.encode(now, action.request.prompt_tokens)
+                self._encoded[action.request.request_id] = done
+                return done - now
+            case CancelRequest():
+                return max(0, self._encoded[action.request_id] - now)
+            case EndRequest():
+                del self._encoded[action.request_id]
+        return 0
 
     def _dispatch(self, action: DispatchTask) -> None:
         task = action.task
@@ -269,10 +241,9 @@ class SimCluster(Cluster):
         )
         self._nodes[action.executor] = node
         self._tasks[action.executor] = {}
-        latency = node.latency()
         if latency not in self.latencies:
             self.latencies.append(latency)
-        self.executors[action.executor] = SimExecutor(
+        executor = SimExecutor(
             self.env,
             shell,
             latency,
@@ -285,6 +256,8 @@ class SimCluster(Cluster):
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
         )
+        self.executors[action.executor] = executor
+        self._peers.setdefault(action.spec.model, {})[action.executor] = executor
         self._emit(
             ev.ExecutorReady(
                 to="cm",
@@ -322,10 +295,12 @@ class SimCluster(Cluster):
             self._starter.stop(name)
             return
         executor.kill()
+        peers = self._peers[executor.shell.shell.spec.model]
+        del peers[name]
         for task_id, (job_executor, task) in self._tasks.pop(name).items():
             sequence = executor.shell.core.sequence(task_id)
             self._lose(name, job_executor, task, task.generated if sequence is None else sequence.generated)
-        for other in self.executors.values():
+        for other in peers.values():
             other.receive(PeerLost(name))
         self._starter.stop(name)
 
@@ -366,56 +341,76 @@ class SimCluster(Cluster):
             self._move(name, move)
 
     def _move(self, name: str, move: Move) -> None:
-        node = self._nodes[name]
-        calls = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
-        num_bytes = round(len(move.source_blocks) * node.block_bytes * self.topology.seats[name].share)
-        self._hop(name, move.ticket, self.topology.moving(name, move.source, move.target), num_bytes, calls)
+        node, asked = self._nodes[name], self.now()
+        pieces = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
+        hops = self.topology.moving(name, move.source, move.target)
+        self._hop(name, move, asked, hops, pieces)
 
-    def _hop(self, name: str, ticket: int, hops: Sequence[Path], num_bytes: int, calls: int) -> None:
-        on_end = partial(self._hopped, name, ticket, hops[1:], num_bytes, calls)
-        self.network.start(hops[0], num_bytes, calls, on_end, (name,))
+    def _hop(self, name: str, move: Move, asked: int, hops: Sequence[Path], pieces: int) -> None:
+        """One way of a copy after the other, each host with its share of the blocks."""
+        blocks = len(move.source_blocks) * self._nodes[name].block_bytes
+        on_end = partial(self._hopped, name, move, asked, hops[1:], pieces)
+        self.network.start(hops[0], round(blocks * self.topology.seats[name].share), pieces, on_end, (name,))
 
-    def _hopped(self, name: str, ticket: int, hops: Sequence[Path], num_bytes: int, calls: int, success: bool) -> None:
+    def _hopped(self, name: str, move: Move, asked: int, hops: Sequence[Path], pieces: int, success: bool) -> None:
         if hops and success:
-            self._hop(name, ticket, hops, num_bytes, calls)
-        else:
-            self._send(name, KvMoved(ticket, success), 0)
+            self._hop(name, move, asked, hops, pieces)
+            return
+        if success and self._record is not None:
+            source, target = (f"{name} {tier.name}" for tier in (move.source, move.target))
+            blocks = len(move.source_blocks)
+            num_bytes = blocks * self._nodes[name].block_bytes
+            self.transfers.append(TransferSpan(source, target, asked, self.now(), blocks, num_bytes, pieces))
+        self._send(name, KvMoved(move.ticket, success), 0)
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
         node, source = self._nodes[name], transfer.source
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
-        on_end = partial(self._fetched, name, transfer.task_id)
+        pieces = runs * node.kv_segments
+        on_end = partial(self._fetched, name, transfer, self.now(), num_bytes, pieces)
         if source not in self.executors:  # it died after it made the offer
             on_end(False)
             return
-        path = self.topology.path(source, name)
-        self.network.start(path, num_bytes, runs * node.kv_segments, on_end, (source, name))
+        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, (source, name))
 
-    def _fetched(self, name: str, task_id: int, success: bool) -> None:
+    def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
-        self._send(name, KvFetched(task_id, success), 0)
+        if success and len(self.transfers) < MOST_TRANSFERS:
+            source, blocks, task_id = transfer.source, len(transfer.blocks), transfer.task_id
+            self.transfers.append(TransferSpan(source, name, asked, self.now(), blocks, num_bytes, pieces, task_id))
+        self._send(name, KvFetched(transfer.task_id, success), 0)
 
     def _send(self, name: str, message: Message, delay: int) -> None:
-        def arrive() -> None:
-            executor = self.executors.get(name)
-            if executor is not None:
-                executor.receive(message)
-
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
-        self.env.timeout(delay).callbacks.append(lambda _: arrive())
+        self._after(delay, partial(self._arrive, name, message))
+
+    def _arrive(self, name: str, message: Message, _: simpy.Event) -> None:
+        executor = self.executors.get(name)
+        if executor is not None:
+            executor.receive(message)
 
     def _emit(self, event: ev.Event, delay: int = 0) -> None:
         if delay:
-            self._at(delay, lambda: self._events.append(event))
+            self._after(delay, partial(self._heard, event))
         else:
             self._events.append(event)
 
+    def _heard(self, event: ev.Event, _: simpy.Event) -> None:
+        self._events.append(event)
+
     def _at(self, delay: int, action: Callable[[], None]) -> None:
         if delay:
-            self.env.timeout(delay).callbacks.append(lambda _: action())
+            self._after(delay, partial(_call, action))
         else:
             action()
+
+    def _after(self, delay: int, callback: Callable[[simpy.Event], None]) -> None:
+        Alarm(self.env, delay, NORMAL, callback)
+
+
+def _call(action: Callable[[], None], _: simpy.Event) -> None:
+    action()
 
 
 _PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {

@@ -8,14 +8,14 @@ from cluster.vocabulary import Stage, to_ns
 
 
 class Load(msgspec.Struct, frozen=True):
-    """How weights get into an executor: `file_bytes` of `model`, which become `device_bytes` on all NPUs together.
+    """How weights get into an executor: `file_bytes` of its model, which become `device_bytes` on all NPUs together, of
+    which each of `pipeline_stages` has its layers.
 
-    From local DRAM, or from SSD into DRAM's page cache and on; with `fork` from a running executor of the same model
-    and size where there is one, by a broadcast in which each sends on to `fanout` others (1: a chain), in chunks of
-    `chunk_bytes` per NPU. `setup_s` comes before loading, `fork_setup_s` before a fork.
+    From local DRAM, or from SSD into DRAM's page cache and on; with `fork` from a running executor of the same model,
+    size and stages where there is one, by a broadcast in which each sends on to `fanout` others (1: a chain), in chunks
+    of `chunk_bytes` per NPU. `setup_s` comes before loading, `fork_setup_s` before a fork.
     """
 
-    model: str
     file_bytes: int
     device_bytes: int
     setup_s: float = 0.0
@@ -23,6 +23,7 @@ class Load(msgspec.Struct, frozen=True):
     fork_setup_s: float = 0.0
     fanout: int = 1
     chunk_bytes: float = 200e6
+    pipeline_stages: int = 1
 
 
 class ColdStart(msgspec.Struct, frozen=True):
@@ -62,12 +63,11 @@ class ColdStart(msgspec.Struct, frozen=True):
             (Stage.SCALER_POST, to_ns(self.scaler_post_s)),
         ]
 
-    def loading(self, model: str, file_bytes: int, device_bytes: int) -> Load | None:
-        """How this model's weights are loaded; None: they are there."""
+    def loading(self, file_bytes: int, device_bytes: int, pipeline_stages: int = 1) -> Load | None:
+        """How a model's weights are loaded; None: they are there."""
         if self.load == "none":
             return None
         return Load(
-            model,
             file_bytes,
             device_bytes,
             self.load_setup_s,
@@ -75,4 +75,5 @@ class ColdStart(msgspec.Struct, frozen=True):
             self.fork_setup_s,
             self.fork_fanout,
             self.fork_chunk_bytes,
+            pipeline_stages,
         )

@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.cost import Rates
 from sim.model_shape import ModelShape
 from sim.topology import HostShape, Wire
 
@@ -21,7 +22,10 @@ class Hardware(msgspec.Struct, frozen=True):
 
     `flops`: dense 16-bit peak; `flops_8bit`: the same for 8-bit weights, 0 where there is no such unit. `efficiency_*`:
     share of the peak that real kernels and collectives reach. `step_overhead_s`: host time per step, graph launch
-    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed.
+    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed; `kernel_fixed_s`: what a
+    small kernel takes on the device beside moving its bytes, in graphs too.
+
+    `price_per_hour`, `busy_w`, `idle_w`: see `cluster.cost.Rates`.
 
     `node_npus` are joined by `peer_*`: a mesh (each pair has its own link, together `peer_bytes_per_s` per NPU), a
     switch (all of it to anyone) or a ring; `peer_latency_s` per phase of a collective. Beyond the node, collectives go
@@ -57,8 +61,12 @@ class Hardware(msgspec.Struct, frozen=True):
     pcie_latency_s: float
     ssd_bytes_per_s: float
     ssd_latency_s: float
+    price_per_hour: float | None = None
+    busy_w: float | None = None
+    idle_w: float | None = None
     flops_8bit: float = 0.0
     kernel_launch_s: float = 0.0
+    kernel_fixed_s: float = 0.0
     node_npus: int = 1
     topology: Literal["mesh", "switch", "ring"] = "switch"
     peer_bytes_per_s: float = 0.0
@@ -77,6 +85,9 @@ class Hardware(msgspec.Struct, frozen=True):
     host_step_s: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in ("price_per_hour", "busy_w", "idle_w"):
+            if (getattr(self, field) or 0) < 0:
+                raise ValueError(f"hardware.{field} is {getattr(self, field)}: allowed are 0 and more, or null")
         if self.host_step_s < 0:
             raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
         if self.contention < 0:
@@ -108,6 +119,10 @@ class Hardware(msgspec.Struct, frozen=True):
             oversubscription=self.oversubscription,
             name=self.name,
         )
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.price_per_hour, self.busy_w, self.idle_w)
 
     def collective(self, npus: int) -> tuple[float, float]:
         """(bytes/s, s) of what joins so many NPUs: the rate at which each sends, and the latency of one phase in which
@@ -146,15 +161,15 @@ def activation_bytes(shape: ModelShape, npus: int, token_budget: int, max_sequen
 
     All at once: of `token_budget` tokens the residual and a layer's input (16 bit, whole on every NPU), and the larger
     of that layer's attention (queries, keys, values and output) and its MLP (gate, up, and their product; of experts,
-    those of a token), which NPUs share unless they spread sequences; of `max_sequences` tokens the logits in 32 bit,
-    and, to draw from them, their values sorted and where they stood (64 bit) and cumulated: 20 bytes per entry.
+    those of a token), which the NPUs of an attention group share (all tokens may be of one group); of `max_sequences`
+    tokens the logits in 32 bit, and, to draw from them, their values sorted and where they stood (64 bit) and
+    cumulated: 20 bytes per entry.
     """
     width = shape.heads * (shape.head_dim + shape.rope_dim) + 2 * shape.kv_heads * shape.head_dim
     attention = width + shape.heads * shape.head_dim
     sparse = (shape.experts_per_token + shape.shared_experts) * shape.expert_intermediate
     mlp = 3 * max(shape.intermediate if shape.sparse_layers < shape.layers else 0, sparse)
-    shared = 1 if shape.expert_parallel else npus
-    tokens = token_budget * 2 * (2 * shape.hidden + max(attention, mlp) / shared)
+    tokens = token_budget * 2 * (2 * shape.hidden + max(attention, mlp) / shape.split(npus))
     return round(tokens + max_sequences * shape.vocab * 20)
 
 

@@ -5,12 +5,13 @@ what was asked for is delivered to the last byte.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from heapq import heapify, heappop, heapreplace
 
 import simpy
-from simpy.events import NORMAL
 
 from cluster.vocabulary import NS_PER_S, to_ns
+from sim.alarm import NORMAL, Alarm
 
 _GRAIN = 720_720**2
 UNIT = 1024 * _GRAIN
@@ -120,17 +121,6 @@ class Flow:
         self.parties = parties
 
 
-class _Ring(simpy.Event):
-    """Looks after a flow at a time: like SimPy's own timeouts, without the base class's detour."""
-
-    def __init__(self, env: simpy.Environment, flow: Flow, delay: int, callback: Callable[[simpy.Event], None]) -> None:
-        self.env = env
-        self.callbacks = [callback]
-        self._ok = True
-        self._value = flow
-        env.schedule(self, NORMAL, delay)
-
-
 class Network:
     """All flows, in the time of a SimPy environment.
 
@@ -195,12 +185,10 @@ class Network:
 
     def _set(self, flow: Flow, due: int) -> None:
         flow.due = due
-        flow.timer = _Ring(self._env, flow, due - int(self._env.now), self._ring)
+        flow.timer = Alarm(self._env, due - int(self._env.now), NORMAL, partial(self._ring, flow))
 
-    def _ring(self, ring: simpy.Event) -> None:
-        flow = ring.value
-        assert isinstance(flow, Flow)
-        if ring is not flow.timer:
+    def _ring(self, flow: Flow, timer: simpy.Event) -> None:
+        if timer is not flow.timer:
             return
         now = int(self._env.now)
         if now < flow.finish:  # others came, and it is later than when the timer was set

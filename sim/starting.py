@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import simpy
 
 from cluster.actions import LaunchExecutor
 from cluster.vocabulary import Stage, to_ns
+from sim.alarm import NORMAL, Alarm
 from sim.coldstart import Load
 from sim.network import Network
+from sim.node import Node
 from sim.topology import Host, Topology
 
-if TYPE_CHECKING:
-    from sim.cluster import Node
-
-Key = tuple[str, int, int]
-"""Executors whose NPUs hold the same shards: model, NPUs, bytes."""
+Key = tuple[str, int, int, int]
+"""Executors whose NPUs hold the same shards: model, NPUs, pipeline stages, bytes."""
 
 
 class _Start:
@@ -24,7 +22,7 @@ class _Start:
 
     __slots__ = ("action", "node", "since", "source", "stage")
 
-    def __init__(self, action: LaunchExecutor, node: "Node", now: int) -> None:
+    def __init__(self, action: LaunchExecutor, node: Node, now: int) -> None:
         self.action = action
         self.node = node
         self.stage = 0
@@ -57,7 +55,7 @@ class Starter:
         topology: Topology,
         network: Network,
         finished: Callable[[str, Stage, int, str], None],
-        ready: Callable[[LaunchExecutor, "Node"], None],
+        ready: Callable[[LaunchExecutor, Node], None],
     ) -> None:
         self._env = env
         self._topology = topology
@@ -78,7 +76,7 @@ class Starter:
         self._starts.clear()
         self._unplaced.clear()
 
-    def launch(self, action: LaunchExecutor, node: "Node") -> None:
+    def launch(self, action: LaunchExecutor, node: Node) -> None:
         """Start an executor; one that fits nowhere waits until it does."""
         start = _Start(action, node, int(self._env.now))
         self._starts[action.executor] = start
@@ -151,9 +149,7 @@ class Starter:
         return self._starts.get(start.action.executor) is not start
 
     def _after(self, delay: int, action: Callable[[], None]) -> None:
-        timeout = self._env.timeout(delay)
-        assert timeout.callbacks is not None
-        timeout.callbacks.append(partial(_call, action))
+        Alarm(self._env, delay, NORMAL, partial(_call, action))
 
     # -- weights from the host ------------------------------------------------------------------------------------
 
@@ -174,14 +170,14 @@ class Starter:
         seat = self._topology.seats[name]
         hits: list[bool] = []
         for number, part in enumerate(seat.parts):
-            file = _file(load.model, number, len(seat.parts))
+            file = _file(start.action.spec.model, number, len(seat.parts))
             if not part.host.cache.touch(file) and file in part.host.reading:
                 part.host.reading[file].append(name)  # somebody reads it already: take it from DRAM then
                 return
             hits.append(file in part.host.cache)
         for number, part in enumerate(seat.parts):
             if not hits[number]:
-                part.host.reading[_file(load.model, number, len(seat.parts))] = []
+                part.host.reading[_file(start.action.spec.model, number, len(seat.parts))] = []
         start.source = "dram" if all(hits) else "ssd"
         path = self._topology.loading(name, [not hit for hit in hits])
         done = partial(self._loaded, start, tuple(part.host for part in seat.parts), tuple(hits))
@@ -194,7 +190,7 @@ class Starter:
         for number, (host, hit) in enumerate(zip(hosts, hits, strict=True)):
             if hit:
                 continue
-            file = _file(load.model, number, len(hosts))
+            file = _file(start.action.spec.model, number, len(hosts))
             waiting = host.reading.pop(file)
             if success:
                 host.cache.insert(file, -(-load.file_bytes // len(hosts)))
@@ -273,7 +269,8 @@ class Starter:
 def _key(start: _Start) -> Key:
     load = start.node.load
     assert load is not None
-    return load.model, start.action.spec.npus, load.device_bytes
+    spec = start.action.spec
+    return spec.model, spec.npus, load.pipeline_stages, load.device_bytes
 
 
 def _domain(kind: int, domain: int | None) -> tuple[int, int] | None:

@@ -14,20 +14,45 @@ from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
 from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
-from sim.cluster import Delays, Failure, Node, SimCluster
+from sim.cluster import SimCluster
 from sim.coldstart import Load
 from sim.executor import SimExecutor
+from sim.hardware import Hardware
 from sim.latency import Constant
+from sim.node import Delays, Failure, Node
 from sim.topology import Hosts, HostShape, Wire
 
 MODEL = "m"
+NPU = Hardware(
+    name="npu",
+    flops=1e14,
+    hbm_bytes=64e9,
+    hbm_bytes_per_s=1e12,
+    efficiency_gemm=0.5,
+    efficiency_attention=0.25,
+    efficiency_bandwidth=0.8,
+    step_overhead_s=0.001,
+    kv_link_bytes_per_s=1e10,
+    kv_link_latency_s=5e-5,
+    kv_call_overhead_s=1e-5,
+    pcie_bytes_per_s=2e10,
+    pcie_latency_s=1e-5,
+    ssd_bytes_per_s=5e9,
+    ssd_latency_s=1e-4,
+    node_npus=8,
+    topology="mesh",
+    peer_bytes_per_s=140e9,
+    peer_latency_s=1e-5,
+    efficiency_link=0.5,
+)
+"""Round figures, with which times can be computed by hand."""
 
 
 # -- plain data ---------------------------------------------------------------------------------------------------
@@ -208,14 +233,16 @@ def run_sim(
     delays: Delays | None = None,
     failures: Sequence[Failure] = (),
     coalesce: bool = True,
+    record: bool = False,
     closed_loop: bool = True,
     max_attempts: int = 4,
     seed: int = 0,
     acceptance: float = 0.0,
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
+    between: Callable[[ControlPlane, SimCluster], None] | None = None,
 ) -> Run:
     """One run to its end: the real control plane on the simulated cluster. Without `host`, executors have one each,
-    with `wire` to the others and `tiers` to its memory and disk.
+    with `wire` to the others and `tiers` to its memory and disk. `between`: called after each event.
     """
     groups = groups or [GroupPlan(make_spec(), executors, executors, executors)]
     engine = engine or EngineConfig(kv_blocks=1000)
@@ -238,7 +265,14 @@ def run_sim(
         load=load,
     )
     cluster = SimCluster(
-        ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce, hosts=hosts
+        ("client", *names, "cm"),
+        lambda spec: node,
+        report_period_s,
+        delays,
+        failures,
+        coalesce=coalesce,
+        record=record,
+        hosts=hosts,
     )
     events: list[ev.Event] = []
     with cluster:
@@ -249,6 +283,8 @@ def run_sim(
                 watch(event, actions, cluster)
             for action in actions:
                 cluster.submit(action)
+            if between is not None:
+                between(control, cluster)
         left = dict(cluster.executors)
     control.recorder.censor()
     return Run(control.recorder, cluster, control, events, log.getvalue(), left)

@@ -7,6 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import experiments.compiled  # noqa: F401 - ahead of the modules that it may replace
+
 # Before anything loads torch or huggingface_hub, which read these once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
-from cluster.control import LOG_SCHEMA, Decision, LogHeader
-from cluster.metrics import Recorder
+from cluster.decision_log import LOG_SCHEMA, Decision, LogHeader
+from cluster.recorder import Recorder
 from experiments import build
 from experiments.outputs import read_summary
 
@@ -42,6 +42,12 @@ def replay(folder: Path) -> tuple[int, str | None]:
         raise ValueError(f"{folder} holds no config.yaml: give the folder of a finished run")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
+    resumed = cfg.get("resumed")
+    if resumed and resumed.changed:
+        raise ValueError(
+            f"{folder} was resumed at {resumed.at_s:g} s with other {' and '.join(resumed.changed)}: its decisions are "
+            "of two configurations, and cannot be replayed by one"
+        )
     workload, recorded = build.workload(cfg), read_summary(folder).provenance["trace"]
     if workload.source != recorded:
         raise ValueError(

@@ -14,11 +14,12 @@ from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, LaunchE
 from cluster.request import Answer, KvSource, Request, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage, TaskKind, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from real.cluster import Engine, RealCluster
-from sim.cluster import Delays, Node, SimCluster
+from sim.cluster import SimCluster
 from sim.latency import Constant
+from sim.node import Delays, Node
 from sim.topology import HostShape, Wire
 from tests.builders import MODEL, make_spec
 

@@ -18,7 +18,7 @@ BOUNDS = {
     "vLLM-Disagg": 0.45,
     "Mooncake": 1.4,
 }
-"""Of the error, by a part of the figure's name, the rest 0.3. No time per call describes Mooncake's transport."""
+"""Of the error, by a part of the figure's name. No time per call describes Mooncake's transport."""
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,28 @@ def figures() -> list[fidelity.Figure]:
     return list(fidelity.published())
 
 
-def test_published_figures_without_a_fit(figures: list[fidelity.Figure]) -> None:
-    """Rooflines come within 30 % of published throughput, load times within 22 %; every basis is named."""
-    assert len(figures) == 46 and len([figure for figure in figures if figure.basis]) == 7
-    for figure in figures:
-        bound = next((bound for part, bound in BOUNDS.items() if part in figure.what), 0.3)
+def test_published_figures_of_ascend(figures: list[fidelity.Figure]) -> None:
+    """Without any fit to them, rooflines come within 5 % of a super-pod's throughput; engines of 2025 on one NPU are
+    slower than a roofline, which knows nothing of their hosts.
+    """
+    steps = list(fidelity.throughput())
+    assert figures[: len(steps)] == steps and len([figure for figure in steps if not figure.basis]) == 9
+    for figure in steps:
+        error = figure.simulated / figure.published - 1
+        if figure.source.startswith("gpustack"):
+            assert error > 0, figure
+        elif figure.basis:
+            assert 0 < error < 0.4, figure
+        else:
+            assert abs(error) < 0.05, figure
+
+
+def test_memory_starts_and_transfers(figures: list[fidelity.Figure]) -> None:
+    """KV cache beside activations within 10 %, load times within 22 %, forks within 20 %; every basis is named."""
+    assert len(figures) == 52 and len([figure for figure in figures if figure.basis]) == 7
+    found = [(bound, figure) for figure in figures for part, bound in BOUNDS.items() if part in figure.what]
+    assert len(found) == 42
+    for bound, figure in found:
         assert abs(figure.simulated / figure.published - 1) < bound, figure
 
 
@@ -63,19 +80,18 @@ def test_transfers_of_table_3(figures: list[fidelity.Figure]) -> None:
         assert found[f"KV cache of {tokens} tokens, L20, layerwise, s"].simulated > 20 * single.simulated
 
 
-@pytest.fixture
-def machine() -> fidelity.Machine:
-    folder = os.environ.get("DEEPFLOW_GROUNDTRUTH", "/nowhere")
-    path = Path(folder) / "vllm-rtx4090-llama-3.1-8b"
+@pytest.mark.parametrize("name", fidelity.MACHINES)
+def test_real_engines_from_their_data_sheets(name: str) -> None:
+    """vLLM on two cards, hardware as configured: one is forecast too slow, one too fast; means and medians of TPOT are
+    within 8 %, of E2E within 13 % and of TTFT, which queueing makes worse, within 21 %.
+    """
+    path = Path(os.environ.get("DEEPFLOW_GROUNDTRUTH", "/nowhere")) / name
     if not path.is_dir():
         pytest.skip(f"no recorded engine in {path}: set DEEPFLOW_GROUNDTRUTH")
-    return fidelity.read_machine(path, "rtx4090")
-
-
-def test_a_real_engine_from_its_data_sheet(machine: fidelity.Machine) -> None:
-    """vLLM on an RTX 4090, hardware as configured: means and medians of TTFT, TPOT and E2E within 10 %."""
-    found = fidelity.errors(machine, fidelity.simulate(machine, {}), slice(150, None))
-    assert max(abs(error) for (_, statistic), error in found.items() if statistic != "p99") < 0.1
+    machine = fidelity.read_machine(path, fidelity.MACHINES[name])
+    found = fidelity.errors(machine, fidelity.simulate(machine, {}), slice(None))
+    for metric, bound in (("tpot", 0.08), ("e2e", 0.13), ("ttft", 0.21)):
+        assert max(abs(found[metric, statistic]) for statistic in ("mean", "p50")) < bound
 
 
 @pytest.mark.slow
@@ -106,5 +122,5 @@ def test_the_table_of_published_figures(deepflow: Command, monkeypatch: pytest.M
     monkeypatch.delenv("DEEPFLOW_GROUNDTRUTH", raising=False)
     said = deepflow("validate", "--published")
     assert said.code == 0, said
-    assert len([line for line in said.out.splitlines() if "%" in line]) == 46
+    assert len([line for line in said.out.splitlines() if "%" in line]) == 52
     assert "DEEPFLOW_GROUNDTRUTH" in said.out

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.metrics import Recorder, Slo, Window, summarise
+from cluster.metrics import Slo, Window, summarise
+from cluster.recorder import Recorder
 from cluster.vocabulary import Stage, to_ns
 from experiments import report, report_figures
 from experiments.outputs import read_requests, read_summary, write_run
 from experiments.report import ReportRun, write_report
 from experiments.tables import Row, duration, share, three_digits
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Failure
+from sim.node import Failure
 from tests.builders import GroupPlan, make_arrival, make_spec, run_sim
 
 SLO = Slo(ttft_s=0.5, tpot_s=0.05)

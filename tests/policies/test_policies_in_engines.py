@@ -12,9 +12,10 @@ from cluster.engine_policy import PolicySpec, QueueOrder
 from cluster.events import FirstToken, TaskFinished
 from cluster.request import Arrival
 from cluster.vocabulary import Outcome
-from flowserve.core.scheduler import EngineConfig, EngineCore
-from sim.cluster import Failure
+from flowserve.core.config import EngineConfig
+from flowserve.core.scheduler import EngineCore
 from sim.latency import Constant
+from sim.node import Failure
 from tests.builders import Run, chain, disaggregated, make_arrival, run_sim
 from tests.contract.backends import BACKENDS, Driver
 

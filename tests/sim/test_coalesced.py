@@ -13,7 +13,7 @@ from cluster.manager import GroupPlan
 from cluster.policy import DispatchPolicy, GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
@@ -21,11 +21,24 @@ from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Delays, Failure, SimCluster
+from sim.cluster import SimCluster
 from sim.coldstart import Load
 from sim.latency import Constant, Fitted
+from sim.model_shape import ModelShape
+from sim.node import Delays, Failure
+from sim.roofline import Roofline
 from sim.topology import Hosts, HostShape, Wire
-from tests.builders import MODEL, Run, chain, disaggregated, make_arrival, make_request, run_sim
+from tests.builders import (
+    MODEL,
+    NPU,
+    Run,
+    chain,
+    disaggregated,
+    make_arrival,
+    make_request,
+    make_spec,
+    run_sim,
+)
 
 
 def deepflow() -> DispatchPolicy:
@@ -60,7 +73,9 @@ ORDERS = (
     PolicySpec("policies.engine.order.shortest_prompt.ShortestPrompt"),
 )
 CHUNKINGS = (None, None, PolicySpec("policies.engine.chunking.fixed.Fixed", {"tokens": 7}))
+PIPELINE = ModelShape("toy", 4, 1024, 8, 2, 128, 4096, 1000, pipeline_stages=2)
 LATENCIES = (
+    lambda: Roofline(NPU, PIPELINE, 2),
     lambda: Constant(0.01),
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
@@ -69,9 +84,9 @@ LATENCIES = (
 
 LOADS = (
     None,
-    Load(MODEL, 30_000_000, 30_000_000, 0.001),
-    Load(MODEL, 30_000_000, 30_000_000, 0.001, fork=True, chunk_bytes=1e6),
-    Load(MODEL, 30_000_000, 30_000_000, fork=True, fanout=2, chunk_bytes=1e7),
+    Load(5_000_000, 5_000_000, 0.001),
+    Load(5_000_000, 5_000_000, 0.001, fork=True, chunk_bytes=1e6),
+    Load(5_000_000, 5_000_000, fork=True, fanout=2, chunk_bytes=1e7),
 )
 
 
@@ -90,7 +105,7 @@ def hosts(draw: st.DrawFn) -> HostShape:
         draw(st.sampled_from([1, npus])),
         draw(st.sampled_from([None, Wire(5e7)])),
         *draw(st.sampled_from([(Wire(1e9), Wire(1e8)), (Wire(1e7, 0.001), Wire(1e6, 0.001))])),
-        memory_bytes=draw(st.sampled_from([None, 1e7, 5e7])),
+        memory_bytes=draw(st.sampled_from([None, 4e6, 1e7])),
         memory_bytes_per_s=draw(st.sampled_from([None, 1.2e7])),
         rack_hosts=draw(st.sampled_from([None, 1])),
         oversubscription=draw(st.sampled_from([1.0, 3.0])),
@@ -124,6 +139,7 @@ def workloads(draw: st.DrawFn) -> list[Arrival]:
             prompt,
             limit,
             None if ids is None else ids[: prompt // 16],
+            model=draw(st.sampled_from([MODEL, MODEL, MODEL, "n"])),
             tenant=draw(st.sampled_from(["", "", "other"])),
             priority=draw(st.integers(0, 1)),
         )
@@ -156,9 +172,13 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         GroupPlan(group.spec, group.initial, 1, group.maximum + spare)
         for group in disaggregated(prefill, decode, colocated)
     ]
+    scales = draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed
+    if draw(st.booleans()):  # else nobody serves the other model
+        least = 0 if scales is scaling else 1  # the other policies replace what dies only up to the minimum
+        groups.append(GroupPlan(make_spec(model="n"), least, least, 2))
     return {
         "groups": groups,
-        "scaling": draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed,
+        "scaling": scales,
         "stages": [(Stage.TE_LOAD, draw(st.sampled_from([0, 10_000_000, 123_456_789])))],
         "engine": EngineConfig(
             kv_blocks=draw(st.integers(5, 16)),
@@ -175,7 +195,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             preemption="swap" if dram and draw(st.booleans()) else "recompute",
         ),
         "host": draw(hosts()),
-        "hosts": draw(st.sampled_from([None, None, Hosts(3)])),
+        "hosts": draw(st.sampled_from([None, None, Hosts(5)])),  # at least what the run starts with
         "load": draw(st.sampled_from(LOADS)),
         "acceptance": 0.6,
         "latency": draw(st.sampled_from(LATENCIES)),

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from cluster import events as ev
 from cluster.manager import GroupPlan
 from cluster.vocabulary import Outcome, Stage, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Delays, Failure
 from sim.coldstart import ColdStart
 from sim.latency import Constant
+from sim.node import Delays, Failure
 from sim.topology import Wire
 from tests.builders import Run, disaggregated, make_arrival, make_spec, run_sim
 

@@ -9,18 +9,19 @@ from cluster.actions import Action, LaunchExecutor, RetireExecutor
 from cluster.manager import GroupPlan
 from cluster.policy import GroupLoad, ScalingPolicy
 from cluster.vocabulary import Role, Stage, to_ns, to_s
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
-from sim.cluster import Node, SimCluster
+from sim.cluster import SimCluster
 from sim.coldstart import ColdStart, Load
 from sim.latency import Constant
+from sim.node import Node
 from sim.topology import Hosts, HostShape, Wire
 from tests.builders import disaggregated, make_arrival, make_spec, run_sim
 
 GB = 10**9
 HOST = HostShape(Wire(20e9), 4, 4, Wire(100e9), pcie=Wire(20e9), ssd=Wire(5e9), memory_bytes_per_s=50e9)
-LOAD = Load("m", 20 * GB, 20 * GB)
-FORK = Load("m", 20 * GB, 20 * GB, fork=True, chunk_bytes=0.2 * GB)
+LOAD = Load(20 * GB, 20 * GB)
+FORK = Load(20 * GB, 20 * GB, fork=True, chunk_bytes=0.2 * GB)
 STAGES = ColdStart(scaler_pre_s=1.0, te_post_load_s=0.5, load="local").stages()
 
 
@@ -125,7 +126,7 @@ def test_a_fork_needs_a_running_executor_of_the_same_model_and_size() -> None:
 def test_one_broadcast_serves_many(fanout: int, longest: float) -> None:
     """31 targets: a chain takes one chunk longer per hop, a tree is shallow, but its source sends everything twice."""
     host = HostShape(Wire(20e9), 1, pcie=Wire(20e9), ssd=Wire(5e9))
-    load = Load("m", 20 * GB, 20 * GB, fork=True, fanout=fanout, chunk_bytes=0.2 * GB)
+    load = Load(20 * GB, 20 * GB, fork=True, fanout=fanout, chunk_bytes=0.2 * GB)
     starts = Starts(load, host)
     starts.run((0, launch(0)), *((10, launch(number)) for number in range(1, 32)))
     took = [seconds for name, (seconds, _) in starts.loads().items() if name != "te-0"]
@@ -201,7 +202,7 @@ def test_a_fork_and_kv_cache_share_the_links() -> None:
             engine=EngineConfig(kv_blocks=200),
             host=HostShape(Wire(1e9), pcie=Wire(20e9), ssd=Wire(5e9)),
             kv_bytes_per_token=500_000,
-            load=Load("m", GB, GB, fork=True),
+            load=Load(GB, GB, fork=True),
             scaling=scaling,
         )
         waits.append(sum(run.recorder.gaps))
