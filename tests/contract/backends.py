@@ -17,10 +17,11 @@ from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage, TaskKind, to_ns
 from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from real.cluster import Engine, RealCluster
-from sim.cluster import Delays, Node, SimCluster
+from sim.cluster import SimCluster
 from sim.latency import Constant
-from sim.link import Link
-from tests.builders import MODEL, make_spec, tier_links
+from sim.node import Delays, Node
+from sim.topology import HostShape, Wire
+from tests.builders import MODEL, make_spec
 
 ACTORS = ("client", "je", "cm")
 GUARD_S = 60.0
@@ -43,9 +44,8 @@ def sim_cluster(
         stages=[(stage, to_ns(0.001)) for stage in Stage],
         kv_bytes_per_token=1000,
         kv_segments=2,
-        link=lambda: Link(1e9, 1e-4, 1e-5),
+        host=HostShape(Wire(1e9, 1e-4, 1e-5), pcie=Wire(1e9, 1e-4), ssd=Wire(1e8, 1e-4)),
         acceptance=Acceptance(acceptance),
-        tiers=lambda: tier_links(1e9, 1e8, 1e-4),
     )
     return SimCluster(actors, lambda spec: node, report_period_s, Delays(5e-5, 5e-5, 2e-5, 5e-5))
 
@@ -84,7 +84,7 @@ def kill(cluster: Cluster, executor: str) -> None:
 def present(cluster: Cluster) -> set[str]:
     """Names of the executors that the cluster has, launching ones included."""
     if isinstance(cluster, SimCluster):
-        return {*cluster.executors, *cluster._launching}
+        return {*cluster.executors, *cluster._starter._starts}
     assert isinstance(cluster, RealCluster)
     return set(cluster.process_ids())
 

@@ -23,7 +23,7 @@ from cluster.streams import stream
 from cluster.vocabulary import ExecutorState, FailureReason, Outcome, Role, Stage, TaskKind, to_ns
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
-from sim.cluster import Failure
+from sim.node import Failure
 from tests.builders import MODEL, Run, disaggregated, load_report, make_arrival, make_request, make_spec, run_sim
 
 AT: dict[str, Any] = {"to": "je-0", "time": 2**60 + 1, "occurred": 7}
