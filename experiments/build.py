@@ -81,6 +81,7 @@ class Settings(msgspec.Struct, frozen=True):
     warmup_s: float
     cooldown_s: float
     profile_max_prompt: int
+    profile_launches: int
     decisions: bool
     report: bool
     progress: bool
@@ -327,6 +328,8 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
     from sim.cluster import Node
     from sim.coldstart import ColdStart
+    from sim.contention import Contention
+    from sim.latency import Fitted
     from sim.link import Link, TierLinks
 
     shape = model_shape(cfg)
@@ -336,7 +339,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     def node_for(spec: ExecutorSpec) -> Node:
         if spec not in nodes:
             hardware = hardware_of(cfg, spec)
-            model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
+            model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus, seed=cfg.seed)
             engine = engine_config(cfg, spec)
             nodes[spec] = Node(
                 engine=engine,
@@ -344,7 +347,8 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 stages=stages,
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
-                contention=hardware.contention,
+                contention=Contention.of(hardware.contention),
+                noise=model.noise if isinstance(model, Fitted) else None,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
                 link=lambda: Link(

@@ -12,9 +12,6 @@ from cluster.streams import stream
 CONCURRENCY = ((1, 6), (2, 6), (3, 4), (4, 4), (6, 3), (8, 3), (12, 2), (16, 2), (24, 2), (32, 2))
 """(requests at a time per engine, requests one after the other), a phase each."""
 
-ROUNDS = 2
-"""The whole load so often, so that a slow or fast minute of the machine is not one batch size's alone."""
-
 DECODES, DECODE_TOKENS = 8, 64
 PROMPTS = 16
 """What an engine does in a phase of the probe: decode so many sequences for so long, or compute so many prompts."""
@@ -55,10 +52,10 @@ class Load:
         self._rng = stream(seed, "profiling load")
         self._number = -1
         self.arrivals: list[Arrival] = []
-        for phase in PROBE * ROUNDS if engines > 1 else ():
+        for phase in PROBE * 2 if engines > 1 else ():
             self._probe(phase)
         self.probe = self._number + 1
-        for users, turns in CONCURRENCY * ROUNDS:
+        for users, turns in CONCURRENCY:
             self._steady(min(users, max_sequences), turns)
 
     def _probe(self, phase: Mapping[int, str]) -> None:

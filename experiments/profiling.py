@@ -1,158 +1,228 @@
 """Measuring the engine here: a closed-loop load that covers light to full batches, and what its steps took."""
 
 import platform
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 from omegaconf import DictConfig
 
 from cluster.actions import DispatchTask
 from cluster.control import Decision
-from cluster.events import FirstToken
+from cluster.events import FirstToken, RequestArrived
 from cluster.latency import StepShape
 from cluster.metrics import Recorder
-from cluster.request import Answer, Arrival, Request, Trigger
-from cluster.streams import stream
 from cluster.vocabulary import Stage, to_s
 from experiments import build
+from experiments.bystanders import Bystanders, await_idle
 from experiments.commands.replay import read_decisions
+from experiments.profile_load import Load
 from experiments.progress import ProgressBar
 from experiments.run import drive
 from flowserve.core.messages import Dispatch
-from flowserve.core.record import TurnRecord, read_turns
+from flowserve.core.record import StepSpan, TurnRecord, read_turns
+from real.cluster import RealCluster
 from sim import profile as profiles
+from sim.contention import Contention
 
-CONCURRENCY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 2, 1)
-"""Requests at a time per engine, one phase each."""
+MORE_LAUNCHES = 3
+"""So many more than asked for at most, where others disturb."""
+
+PATIENCE_S = 60.0
+"""How long to wait for an idle machine before each launch."""
 
 WARM_UP_STEPS = 10
 
-IDLE_NS = 2_000_000
-"""An engine that did nothing for so long was waiting for a message."""
+
+class Measured(NamedTuple):
+    """A step of an engine, or process, by number. `busy`: what the other engines did meanwhile; `probe`: of the load
+    that is there to tell what that does; `disturbed`: others used the machine.
+    """
+
+    shape: StepShape
+    took_ns: int
+    busy: profiles.Shares
+    engine: int
+    probe: bool
+    disturbed: bool
 
 
 def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
-    """Run the profiling load on the configured real engines, all at once, and fit a latency model to its steps."""
+    """Run the profiling load on the configured real engines, all at once, and fit a latency model to its steps.
+
+    The engines are launched `profile_launches` times, because where a process's memory lies makes it faster or slower;
+    if more than once, then again where other work on the machine has spoilt more than it left.
+    """
     build.check_types(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
     engines = sum(group.initial for group in build.groups(cfg))
-    arrivals = list(load(build.model_name(cfg), engines, cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed))
-    recorder = Recorder()
+    load = Load(build.model_name(cfg), engines, cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed)
     cfg = cfg.copy()
     cfg.backend.record, cfg.trace.closed_loop = True, True
-    control = build.control_plane(cfg, arrivals, recorder)
+    cfg.dispatch = {"_target_": "experiments.profile_load.ByNumber"}
+    steps: list[Measured] = []
+    recorder, there, back, wanted = Recorder(), [], [], 0.0
+    launches = cfg.profile_launches
+    for unit in range(launches + MORE_LAUNCHES if launches > 1 else launches):
+        await_idle(patience_s=PATIENCE_S if launches > 1 else 0.0)
+        recorder, found, delays = _unit(cfg, load, folder / f"unit{unit}")
+        steps += [step._replace(engine=step.engine + unit * engines) for step in found]
+        there += delays[0]
+        back += delays[1]
+        wanted = wanted or 0.8 * launches * len(found)
+        if sum(not step.disturbed for step in steps) >= wanted:
+            break
+    (folder / "steps.json").write_bytes(msgspec.json.encode(steps))
+    return fitted(
+        steps,
+        machine=f"{platform.machine()}, {_processor()}",
+        model=build.model_name(cfg),
+        engines=engines,
+        dispatch_s=to_s(int(np.median(there))),
+        event_s=to_s(int(np.median(back))),
+        stages_s=stage_times(recorder),
+    )
+
+
+def fitted(
+    steps: list[Measured],
+    machine: str,
+    model: str,
+    engines: int,
+    dispatch_s: float | None,
+    event_s: float | None,
+    stages_s: dict[str, float],
+) -> profiles.Profile:
+    """A profile of measured steps. Those that others disturbed are left out, unless that leaves next to none."""
+    usable = [step for step in steps if not step.disturbed]
+    if len(usable) < len(steps) / 5:
+        usable = steps
+    probe = [step for step in usable if step.probe]
+    contention = Contention()
+    if probe:
+        contention = profiles.contention_of(
+            [(step.shape, step.took_ns) for step in probe],
+            [step.busy for step in probe],
+            [step.engine for step in probe],
+        )
+    freed = profiles.alone([(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], contention)
+    latency = profiles.fit(freed)
+    error, residuals = profiles.held_out(freed)
+    return profiles.Profile(
+        schema=profiles.SCHEMA,
+        machine=machine,
+        time=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions={name: version(name) for name in ("torch", "numpy")},
+        model=model,
+        engines=engines,
+        steps=len(usable),
+        contention=contention,
+        residuals=residuals,
+        disturbed=sum(step.disturbed for step in steps) / len(steps),
+        coefficients_ns=list(latency.coefficients_ns),
+        knots=list(latency.knots),
+        held_out=error,
+        ranges=profiles.feature_ranges(freed),
+        dispatch_s=dispatch_s,
+        event_s=event_s,
+        stages_s=stages_s,
+    )
+
+
+def _unit(cfg: DictConfig, load: Load, folder: Path) -> tuple[Recorder, list[Measured], tuple[list[int], list[int]]]:
+    """One launch of the engines: what was recorded, the steps measured, and what messages took (there, back)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder()
+    control = build.control_plane(cfg, load.arrivals, recorder)
     with (
+        Bystanders() as bystanders,
         build.cluster(cfg, folder) as cluster,
         (folder / "decisions.jsonl").open("wb") as log,
-        ProgressBar(len(arrivals), "profiling", enabled=cfg.progress) as bar,
+        ProgressBar(len(load.arrivals), f"profiling, {folder.name}", enabled=cfg.progress) as bar,
     ):
         control.log_to(log)
         if drive(control, cluster, bar, simulated=False):
             raise KeyboardInterrupt  # half a load is no profile
-    steps, busy = measured_steps(
-        [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-    )
-    contention = profiles.contention_of(steps, busy)
-    steps = profiles.alone(steps, busy, contention)
-    dispatch_s, event_s = message_delays(folder)
-    model = profiles.fit(steps)
-    return profiles.Profile(
-        schema=profiles.SCHEMA,
-        machine=f"{platform.machine()}, {_processor()}",
-        time=datetime.now().astimezone().isoformat(timespec="seconds"),
-        versions={name: version(name) for name in ("torch", "numpy")},
-        model=build.model_name(cfg),
-        engines=engines,
-        steps=len(steps),
-        contention=contention,
-        coefficients_ns=list(model.coefficients_ns),
-        knots=list(model.knots),
-        held_out=profiles.held_out_error(steps),
-        ranges=profiles.feature_ranges(steps),
-        dispatch_s=dispatch_s,
-        event_s=event_s,
-        stages_s=stage_times(recorder),
-    )
+        assert isinstance(cluster, RealCluster)
+        began = time.monotonic_ns() - cluster.now()
+    turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
+    requests = recorder.requests
+    of_probe = [
+        last
+        for number, last in zip(requests["request_id"], requests["last_token_ns"], strict=True)
+        if number < load.probe
+    ]
+    probe_end = max(of_probe, default=0)
+    steps = [
+        Measured(span.shape, span.end_ns - span.start_ns, busy, engine, span.end_ns <= probe_end, disturbed)
+        for engine, span, busy in steps_of(turns)
+        for disturbed in (bystanders.disturb(began + span.start_ns, began + span.end_ns),)
+    ]
+    return recorder, steps, message_delays(folder)
 
 
 def from_logs(paths: list[Path]) -> profiles.Profile:
     """Fit a latency model to the steps that logs tell of, one engine's in each (see `experiments.step_logs`)."""
     from experiments.step_logs import read_steps
 
-    steps = [step for path in paths for step in read_steps(path)]
-    model = profiles.fit(steps)
-    return profiles.Profile(
-        schema=profiles.SCHEMA,
-        machine="of the log",
-        time=datetime.now().astimezone().isoformat(timespec="seconds"),
-        versions={},
-        model=", ".join(path.name for path in paths),
-        engines=len(paths),
-        steps=len(steps),
-        contention=0.0,
-        coefficients_ns=list(model.coefficients_ns),
-        knots=list(model.knots),
-        held_out=profiles.held_out_error(steps),
-        ranges=profiles.feature_ranges(steps),
-        dispatch_s=None,
-        event_s=None,
-        stages_s={},
-    )
+    steps = [
+        Measured(shape, took_ns, profiles.ALONE, engine, False, False)
+        for engine, path in enumerate(paths)
+        for shape, took_ns in read_steps(path)
+    ]
+    profile = fitted(steps, "of the log", ", ".join(path.name for path in paths), len(paths), None, None, {})
+    return msgspec.structs.replace(profile, versions={}, disturbed=None)
 
 
-def load(model: str, engines: int, max_sequences: int, max_prompt: int, seed: int) -> Iterator[Arrival]:
-    """Phases of more and more requests at a time; each phase begins when the last has ended.
+def steps_of(engines: list[list[TurnRecord]]) -> list[tuple[int, StepSpan, profiles.Shares]]:
+    """(engine, step, what the other engines computed during it) of all completed plans but each engine's first few.
 
-    Lengths are log-uniform: 8 to `max_prompt` tokens in, 8 to 96 out.
+    A step counts from the end of the one before, so that all that the host does is in it; from its own start where the
+    engine had nothing to do before.
     """
-    rng = stream(seed, "profiling load")
-    number, ended = 0, 0
-    for concurrency in CONCURRENCY:
-        users = engines * min(concurrency, max_sequences)
-        rounds = 6 if concurrency <= 2 else 3
-        for turn in range(rounds):
-            for _ in range(users):
-                prompt = int(np.exp(rng.uniform(np.log(8), np.log(max_prompt))))
-                output = int(np.exp(rng.uniform(np.log(8), np.log(96))))
-                after = Trigger("ended", request_id=number - users) if turn else Trigger("ended", count=ended)
-                yield Arrival(Request(number, prompt, 128, model), Answer(output), after=after)
-                number += 1
-        ended += users * rounds
+    spans = [list(_spans(turns)) for turns in engines]
+    ends = [_Overlap(steps) for steps in spans]
+    found = []
+    for number, steps in enumerate(spans):
+        others = [overlap for other, overlap in enumerate(ends) if other != number]
+        for step in steps[WARM_UP_STEPS:]:
+            shares = [other.of(step.start_ns, step.end_ns) for other in others]
+            busy = profiles.Shares(sum(each.decode for each in shares), sum(each.prefill for each in shares))
+            found.append((number, step, busy))
+    return found
 
 
-def measured_steps(engines: list[list[TurnRecord]]) -> tuple[list[tuple[StepShape, int]], list[float]]:
-    """(shape, ns) of the completed plans, and the mean number of other engines that computed during each.
-
-    A step counts from the end of the one before, or from its own start after a pause.
-    """
-    spans = [np.array([(turn.start_ns, turn.end_ns) for turn in turns if turn.done is not None]) for turns in engines]
-    steps: list[tuple[StepShape, int]] = []
-    busy: list[float] = []
-    for number, turns in enumerate(engines):
-        others = [span for other, span in enumerate(spans) if other != number and len(span)]
-        last_end, warm = turns[0].start_ns, 0
-        shapes: dict[int, StepShape] = {}
-        for turn in turns:
-            shapes |= {plan.number: plan.shape for plan in turn.plans}
-            if turn.done is not None:
-                start = last_end if turn.start_ns - last_end < IDLE_NS else turn.start_ns
-                warm += 1
-                if warm > WARM_UP_STEPS:
-                    steps.append((shapes[turn.done], turn.end_ns - start))
-                    busy.append(sum(_overlap(span, start, turn.end_ns) for span in others))
-            last_end = turn.end_ns
-    return steps, busy
+def _spans(turns: list[TurnRecord]) -> Iterator[StepSpan]:
+    shapes: dict[int, StepShape] = {}
+    last_end: int | None = None
+    for turn in turns:
+        shapes |= {plan.number: plan.shape for plan in turn.plans}
+        if turn.done is not None:
+            start = turn.start_ns if last_end is None else last_end
+            yield StepSpan("", start, turn.end_ns, 1, shapes.pop(turn.done))
+        last_end = None if turn.done is None else turn.end_ns
 
 
-def _overlap(spans: npt.NDArray[np.int64], start: int, end: int) -> float:
-    """The share of [start, end) that lies within the (start, end) rows, which rise and do not overlap."""
-    first, behind = np.searchsorted(spans[:, 1], start), np.searchsorted(spans[:, 0], end)
-    inside = np.minimum(spans[first:behind, 1], end) - np.maximum(spans[first:behind, 0], start)
-    return float(inside.sum() / (end - start))
+class _Overlap:
+    """When an engine computed what."""
+
+    def __init__(self, steps: list[StepSpan]) -> None:
+        self._times = np.array([(step.start_ns, step.end_ns) for step in steps], dtype=np.int64).reshape(-1, 2)
+        self._prefills = np.array([step.shape.prefill_tokens > 0 for step in steps], dtype=bool)
+
+    def of(self, start: int, end: int) -> profiles.Shares:
+        """The shares of [start, end) that it spent on decodes alone, and on steps with prompts."""
+        times = self._times
+        first, behind = np.searchsorted(times[:, 1], start), np.searchsorted(times[:, 0], end)
+        inside = np.minimum(times[first:behind, 1], end) - np.maximum(times[first:behind, 0], start)
+        prefills = self._prefills[first:behind]
+        return profiles.Shares(
+            float(inside[~prefills].sum() / (end - start)), float(inside[prefills].sum() / (end - start))
+        )
 
 
 def stage_times(recorder: Recorder) -> dict[str, float]:
@@ -163,20 +233,20 @@ def stage_times(recorder: Recorder) -> dict[str, float]:
     }
 
 
-def message_delays(folder: Path) -> tuple[float, float]:
-    """Median seconds from a decision to an idle engine that acts on it, and from an engine back to the decision."""
+def message_delays(folder: Path) -> tuple[list[int], list[int]]:
+    """ns from decisions to an idle engine that acts on them, and from an engine back to the decisions."""
     dispatched: dict[int, int] = {}
     back: list[int] = []
     for _, decision in read_decisions(folder / "decisions.jsonl"):
         _note(decision, dispatched, back)
     there = []
     for path in (folder / "engines").glob("*.turns.jsonl"):
-        last_end = 0
+        idle = True
         for turn in read_turns(path):
-            if turn.start_ns - last_end >= IDLE_NS:
+            if idle:
                 there += [turn.start_ns - dispatched[m.task.task_id] for m in turn.messages if isinstance(m, Dispatch)]
-            last_end = turn.end_ns
-    return to_s(int(np.median(there))), to_s(int(np.median(back)))
+            idle = turn.done is None
+    return there, back
 
 
 def _note(decision: Decision, dispatched: dict[int, int], back: list[int]) -> None:
@@ -185,7 +255,7 @@ def _note(decision: Decision, dispatched: dict[int, int], back: list[int]) -> No
         back.append(event.time - event.occurred)
     for action in decision.actions:
         if isinstance(action, DispatchTask):
-            dispatched[action.task.task_id] = event.time
+            dispatched[action.task.task_id] = event.occurred if isinstance(event, RequestArrived) else event.time
 
 
 def _processor() -> str:

@@ -50,8 +50,10 @@ from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
+from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
+from sim.noise import Noise, Noisy
 
 NEVER = float("inf")
 
@@ -75,7 +77,7 @@ class Node(msgspec.Struct, frozen=True):
 
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
     `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `tiers`: links
-    to the tiers that the engine has below HBM. `acceptance`: of guesses, where it speculates.
+    to the tiers that the engine has below HBM. `acceptance`: of guesses, where it speculates. `noise`: of step times.
     """
 
     engine: EngineConfig
@@ -84,10 +86,11 @@ class Node(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     kv_segments: int
     link: Callable[[], Link]
-    contention: float = 0.0
+    contention: Contention = Contention()
     host_step_s: float = 0.0
     acceptance: Acceptance = Acceptance()
     tiers: Callable[[], TierLinks] | None = None
+    noise: Noise | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -140,6 +143,7 @@ class SimCluster(Cluster):
         self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
         self._decision_ns, self._peer_ns = to_ns(delays.decision_s), to_ns(delays.peer_s)
         self._coalesce = coalesce
+        self._shared = Shared(self._suffers)
         self._answers: dict[int, Answer] = {}
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
         self._nodes: dict[str, Node] = {}
@@ -266,6 +270,8 @@ class SimCluster(Cluster):
         latency = node.latency()
         if latency not in self.latencies:
             self.latencies.append(latency)
+        if node.noise is not None:
+            latency = Noisy(latency, node.noise, action.executor)
         self.executors[action.executor] = SimExecutor(
             self.env,
             shell,
@@ -274,7 +280,7 @@ class SimCluster(Cluster):
             partial(self._take, action.executor),
             self._coalesce,
             len(self._links),
-            partial(self._slowdown, action.executor, node.contention) if node.contention else None,
+            self._shared if node.contention else None,
             self._record,
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
@@ -292,10 +298,9 @@ class SimCluster(Cluster):
             )
         )
 
-    def _slowdown(self, name: str, contention: float) -> float:
-        """What a step that starts now takes longer by, because others compute too."""
-        busy = sum(bool(each.shell.core.in_flight) for other, each in self.executors.items() if other != name)
-        return 1 + contention * busy
+    def _suffers(self, engine: Computing) -> Contention:
+        assert isinstance(engine, SimExecutor)
+        return self._nodes[engine.shell.shell.name].contention
 
     # -- failures -------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.task_executor import TaskExecutor
+from sim.contention import Shared
 
 LONGEST_SEGMENT = 4096
 STEPS_AT_A_TIME = 64
@@ -51,7 +52,7 @@ class _StepEnd(simpy.Event):
 
 class SimExecutor:
     """Runs one shell in simulated time. `answers` is the sampler's side: how long each request's output really is.
-    `slowdown`: by what a step's time is multiplied when it starts; with it, every step is an event of its own.
+    `shared`: what it shares with others, which slow its steps down; with it, every step is an event of its own.
     `record`: told of every segment when it is over.
     `host_ns`: what the host needs for a step beside the device's time. The device waits for it where a plan is launched
     only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
@@ -70,7 +71,7 @@ class SimExecutor:
         deliver: Callable[[TaskExecutor], None],
         coalesce: bool = True,
         number: int = 0,
-        slowdown: Callable[[], float] | None = None,
+        shared: Shared | None = None,
         record: Callable[[StepSpan], None] | None = None,
         host_ns: int = 0,
         accept: Callable[[Verify], int] = _nothing_right,
@@ -84,7 +85,8 @@ class SimExecutor:
         self._answers = answers
         self._deliver = deliver
         self._coalesce = coalesce
-        self._slowdown = slowdown
+        self._shared = shared
+        self._varies = latency.varies
         self._record = record
         self._since = 0
         self._host = host_ns
@@ -117,6 +119,13 @@ class SimExecutor:
         self._settle()
         self.dead = True
         self._timer = None
+        if self._shared is not None:
+            self._shared.idle(self, int(self._env.now))
+
+    def retime(self, end: int) -> None:
+        """The step under way ends at another time, because others begin or cease to slow it down."""
+        self._ends = [end]
+        self._wait_for(end)
 
     def _settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
@@ -146,21 +155,26 @@ class SimExecutor:
             pass
         if in_flight:
             self._launch(in_flight[0], ahead)
-        elif shell.report_due is not None:
-            self._wait_for(max(now, shell.report_due))
+        else:
+            if self._shared is not None:
+                self._shared.idle(self, now)
+            if shell.report_due is not None:
+                self._wait_for(max(now, shell.report_due))
         self._deliver(shell)
 
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
         now = int(self._env.now)
+        if self._varies:
+            self._latency.seek(self.steps)
         took = self._latency.step_ns(plan.shape)
-        if self._slowdown is not None:
-            took = round(took * self._slowdown())
         end = now + (max(took, self._host) if ahead else took + self._host)
+        if self._shared is not None:
+            end = self._shared.begin(self, bool(plan.chunks), now, end - now)
         self._ends, self._since = [end], now
         if plan.decodes is not self._batch:
             self._find_stops(plan)
-        if self._coalesce and self._slowdown is None and end < self.shell.next_report:
+        if self._coalesce and self._shared is None and end < self.shell.next_report:
             self._extend(plan)
         self._wait_for(self._ends[-1])
 

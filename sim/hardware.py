@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from sim.contention import Contention
 from sim.model_shape import ModelShape
 
 
@@ -29,9 +30,10 @@ class Hardware(msgspec.Struct, frozen=True):
     `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous segment. `pcie_*`:
     between HBM and host memory; `ssd_*`: between host memory and disk; moves over them pay the same overhead per
     segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how much longer a step
-    takes for each other executor that computes meanwhile, as a share (engines on the cores of one CPU share its memory
-    bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits for it unless plans are
-    in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
+    takes for each other executor that computes meanwhile, as a share, or one for each pair of kinds of steps (engines
+    on the cores of one CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step;
+    the device waits for it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile contain
+    it.
     """
 
     name: str
@@ -58,13 +60,13 @@ class Hardware(msgspec.Struct, frozen=True):
     efficiency_link: float = 1.0
     all_to_all: tuple[AllToAll, ...] = ()
     usable_hbm: float = 0.9
-    contention: float = 0.0
+    contention: float | Contention = 0.0
     host_step_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.host_step_s < 0:
             raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
-        if self.contention < 0:
+        if not isinstance(self.contention, Contention) and self.contention < 0:
             raise ValueError(f"hardware.contention is {self.contention}: allowed are 0 (none) and more")
         if self.node_npus > 1 and not self.peer_bytes_per_s > 0:
             raise ValueError(

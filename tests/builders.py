@@ -22,9 +22,11 @@ from flowserve.core.scheduler import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.cluster import Delays, Failure, Node, SimCluster
+from sim.contention import Contention
 from sim.executor import SimExecutor
 from sim.latency import Constant
 from sim.link import Link, TierLinks
+from sim.noise import Noise
 
 MODEL = "m"
 
@@ -204,6 +206,8 @@ def run_sim(
     max_attempts: int = 4,
     seed: int = 0,
     acceptance: float = 0.0,
+    noise: Noise | None = None,
+    contention: Contention = Contention(),  # noqa: B008 (frozen)
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
 ) -> Run:
     """One run to its end: the real control plane on the simulated cluster."""
@@ -226,6 +230,8 @@ def run_sim(
         host_step_s=host_step_s,
         acceptance=Acceptance(acceptance),
         tiers=tiers,
+        noise=noise,
+        contention=contention,
     )
     cluster = SimCluster(
         ("client", *names, "cm"), lambda spec: node, report_period_s, delays, failures, coalesce=coalesce

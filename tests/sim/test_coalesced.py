@@ -22,8 +22,10 @@ from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure, SimCluster
+from sim.contention import Contention
 from sim.latency import Constant, Fitted
 from sim.link import Link
+from sim.noise import Noise
 from tests.builders import MODEL, Run, chain, disaggregated, make_arrival, make_request, run_sim, tier_links
 
 
@@ -64,6 +66,8 @@ LATENCIES = (
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
 )
+
+NOISES = (None, None, Noise((1.0, 0.93, 1.21, 0.98, 3.0), 1), Noise((0.5,), 2))
 
 
 @st.composite
@@ -145,6 +149,8 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "tiers": draw(st.sampled_from([lambda: tier_links(1e9, 1e8), lambda: tier_links(1e7, 1e6, 0.001)])),
         "acceptance": 0.6,
+        "noise": draw(st.sampled_from(NOISES)),
+        "contention": draw(st.sampled_from([Contention(), Contention(), Contention(0.3, 0.1, 0.0, 0.2)])),
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
         "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),
