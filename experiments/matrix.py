@@ -113,7 +113,7 @@ class Verdict(NamedTuple):
         return "within noise" if abs(self.error) <= self.difference else "missed"
 
 
-class Schedule(NamedTuple):
+class Schedule(msgspec.Struct, frozen=True):
     """Of the engines in lockstep: what came out differently (None: nothing), and what there was to get wrong."""
 
     difference: str | None
