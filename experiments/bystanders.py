@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 class Bystanders:
-    """Watches in a thread of its own, from `__enter__` to `__exit__`. Linux tells by /proc; elsewhere nothing is known."""
+    """Watches from `__enter__` to `__exit__`, in a thread of its own. Linux tells by /proc; else nothing is known."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []

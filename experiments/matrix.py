@@ -1,13 +1,12 @@
 """A matrix of cases, each on real engines here and simulated: what the simulator is off by, beside what the machine is.
 
 The step times come from one profile, of a load of its own. Each case runs several times on real engines; how far these
-runs are apart is the least that any forecast of one of them is off by. In lockstep, what the engines recorded is fed
-into simulated ones, which must schedule the same.
+runs are apart is about what a perfect forecast of one of them would be off by. In lockstep, what the engines recorded
+is fed into simulated ones, which must schedule the same.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
 from statistics import fmean
@@ -22,7 +21,7 @@ from experiments.bystanders import DISTURBING, Bystanders, await_idle
 from experiments.config import compose, typed
 from experiments.fidelity import save_profile, slug, used_profile
 from experiments.outputs import read_summary
-from experiments.profiling import measure
+from experiments.profiling import Launch, measure_launch, profile_of
 from experiments.report import ReportRun, ReportTable
 from experiments.run import run_one_of_several
 from experiments.tables import Row, error_text
@@ -164,8 +163,12 @@ def _others(note: Path) -> float:
 
 
 class Matrix:
-    """Runs an experiment's cases one after the other. What is in `folder` already is not run again, so that a matrix
-    that was interrupted, or disturbed, can be gone on with.
+    """Runs an experiment's cases. What is in `folder` already is not run again, so that a matrix that was interrupted,
+    or disturbed, can be gone on with.
+
+    All cases run once on real engines before any runs again, and engines are profiled before, between and after: a
+    machine is not equally fast all the time, which must neither hide in the difference of two runs in a row nor be what
+    the simulator is judged by.
     """
 
     def __init__(self, overrides: list[str], config_dirs: list[str], folder: Path) -> None:
@@ -174,51 +177,87 @@ class Matrix:
         if "validation" not in cfg:
             raise ValueError("this experiment has no cases to validate: give it a `validation` as cpu_matrix has")
         self.settings = typed(cfg.validation, Settings, "validation")
-        self._saturation: dict[tuple[str, ...], float] = {}
+        self._profile = folder / "profile"
+        self._requests: dict[str, tuple[int, float]] = {}
 
-    @cached_property
-    def profile(self) -> profiles.Profile:
-        """Measured here, unless it is there."""
-        path = self._folder / "profile"
-        if (path / "profile.json").is_file():
-            return profiles.load(path / "profile.json")
-        measured = measure(self._compose(["backend=real"]), path)
-        save_profile(measured, path)
-        return measured
+    def run(self) -> tuple[profiles.Profile, list[CaseResult]]:
+        """Everything: the profile, and each case."""
+        settings = self.settings
+        launches = [self._launch(0)]
+        self._requests = self._loads(launches)
+        others: dict[str, list[float]] = {case.name: [] for case in settings.cases}
+        for number in range(settings.repeats):
+            for case in settings.cases:
+                label = f"{case.name}, real CPU {number + 1}"
+                others[case.name].append(
+                    self._real(self._of(case), self._folder / slug(case.name) / f"real{number}", label)
+                )
+            launches.append(self._launch(number + 1))
+        profile = profile_of(self._compose(["backend=real"]), launches)
+        save_profile(profile, self._profile)
+        return profile, [self._judge(case, others[case.name], profile) for case in settings.cases]
 
-    def run(self) -> Iterator[CaseResult]:
-        """Each case as it is done."""
-        for case in self.settings.cases:
-            yield self._run(case)
+    def _launch(self, number: int) -> Launch:
+        return measure_launch(self._compose(["backend=real"]), self._profile / f"launch{number}", PATIENCE_S)
 
-    def saturation(self, overrides: Sequence[str]) -> float:
+    def _loads(self, launches: Sequence[Launch]) -> dict[str, tuple[int, float]]:
+        """(requests, requests/s) by case, from what the first launch says is served at most; kept, as runs depend on it."""
+        file = self._folder / "loads.json"
+        if not file.is_file():
+            first = profile_of(self._compose(["backend=real"]), launches)
+            save_profile(first, self._profile / "launch0")
+            served = {tuple(case.overrides): 0.0 for case in self.settings.cases}
+            for overrides in served:
+                served[overrides] = self._saturation(overrides, first)
+            rates = {case.name: case.load * served[tuple(case.overrides)] for case in self.settings.cases}
+            loads = {name: (max(2, round(rate * self.settings.duration_s)), rate) for name, rate in rates.items()}
+            file.write_bytes(msgspec.json.encode(loads))
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, tuple[int, float]])
+
+    def _saturation(self, overrides: Sequence[str], profile: profiles.Profile) -> float:
         """Requests/s that are served where they are all there at once: simulated from the profile, no case's window."""
-        key = tuple(overrides)
-        if key not in self._saturation:
-            at_once = ["trace.rate=1e9", f"trace.start_s={self.settings.saturation_window_s / 1e9}"]
-            cfg = self._simulated([*overrides, *at_once, f"trace.limit={SATURATING}"], noise=0)
-            folder = self._folder / "saturation" / slug(" ".join(overrides) or "all")
-            self._saturation[key] = run_one_of_several(cfg, folder, "saturation").summary["throughput_rps"]
-        return self._saturation[key]
+        at_once = ["trace.rate=1e9", f"trace.start_s={self.settings.saturation_window_s / 1e9}"]
+        own = used_profile(self._profile / "launch0" / "profile.json", profile)
+        cfg = self._compose(["backend=sim", *own, *overrides, *at_once, f"trace.limit={SATURATING}"])
+        folder = self._folder / "saturation" / slug(" ".join(overrides) or "all")
+        return run_one_of_several(cfg, folder, "saturation").summary["throughput_rps"]
 
-    def _run(self, case: Case) -> CaseResult:
-        folder = self._folder / slug(case.name)
-        rate = case.load * self.saturation(case.overrides)
-        requests = max(2, round(rate * self.settings.duration_s))
-        overrides = [*case.overrides, *self._window(case, requests)]
-        real, others = [], []
-        for number in range(self.settings.repeats):
-            where = folder / f"real{number}"
-            others.append(self._real(overrides, where, f"{case.name}, real CPU {number + 1}"))
-            real.append(read_summary(where).metrics)
+    def _of(self, case: Case) -> list[str]:
+        """The overrides that make a case: its own, and those that let its requests, from the window's begin on, arrive
+        within `duration_s`.
+        """
+        requests, _ = self._requests[case.name]
+        cut = [*case.overrides, "trace.rate=1", f"trace.start_s={case.window_s}", f"trace.limit={requests}"]
+        arrivals = list(build.workload(self._compose(cut)).arrivals)
+        if len(arrivals) < requests:
+            raise ValueError(f"case {case.name}: {len(arrivals)} requests from {case.window_s} s on, {requests} needed")
+        factor = arrivals[-1].at_ns / NS_PER_S / self.settings.duration_s
+        window = [f"trace.rate={factor!r}", f"trace.start_s={case.window_s / factor!r}", f"trace.limit={requests}"]
+        return [*case.overrides, *window]
+
+    def _judge(self, case: Case, others: list[float], profile: profiles.Profile) -> CaseResult:
+        folder, overrides = self._folder / slug(case.name), self._of(case)
+        where = [folder / f"real{number}" for number in range(self.settings.repeats)]
+        own = used_profile(self._profile / "profile.json", profile)
         simulated = [
             run_one_of_several(
-                self._simulated(overrides, noise), folder / f"sim{noise}", f"{case.name}, simulated {noise + 1}"
+                self._compose(["backend=sim", *own, f"latency.noise={noise}", *overrides]),
+                folder / f"sim{noise}",
+                f"{case.name}, simulated {noise + 1}",
             ).summary
             for noise in range(self.settings.simulations)
         ]
-        schedules = [self._lockstep(overrides, folder / f"real{number}") for number in range(self.settings.repeats)]
-        return CaseResult(case, requests, rate, others, real, simulated, self.settings.bounds, schedules)
+        requests, rate = self._requests[case.name]
+        return CaseResult(
+            case,
+            requests,
+            rate,
+            others,
+            [read_summary(each).metrics for each in where],
+            simulated,
+            self.settings.bounds,
+            [self._lockstep(overrides, each) for each in where],
+        )
 
     def _real(self, overrides: list[str], folder: Path, label: str) -> float:
         """Run it on real engines, again where others used the machine meanwhile; how much they did in the last run."""
@@ -233,15 +272,6 @@ class Matrix:
                 run_one_of_several(self._compose([*overrides, "backend.record=true"]), folder, f"{label}.{attempt + 1}")
             note.write_bytes(msgspec.json.encode(bystanders.share()))
         return _others(note)
-
-    def _window(self, case: Case, requests: int) -> list[str]:
-        """The overrides that let so many requests, from the window's begin on, arrive within `duration_s`."""
-        cut = [*case.overrides, "trace.rate=1", f"trace.start_s={case.window_s}", f"trace.limit={requests}"]
-        arrivals = list(build.workload(self._compose(cut)).arrivals)
-        if len(arrivals) < requests:
-            raise ValueError(f"case {case.name}: {len(arrivals)} requests from {case.window_s} s on, {requests} needed")
-        factor = arrivals[-1].at_ns / NS_PER_S / self.settings.duration_s
-        return [f"trace.rate={factor!r}", f"trace.start_s={case.window_s / factor!r}", f"trace.limit={requests}"]
 
     def _lockstep(self, overrides: list[str], folder: Path) -> Schedule:
         cfg = self._compose(overrides)
@@ -269,10 +299,6 @@ class Matrix:
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         return compose([*self._overrides, "report=false", *overrides], self._config_dirs)
-
-    def _simulated(self, overrides: Sequence[str], noise: int) -> DictConfig:
-        own = used_profile(self._folder / "profile" / "profile.json", self.profile)
-        return self._compose(["backend=sim", *own, f"latency.noise={noise}", *overrides])
 
 
 def table(results: Sequence[CaseResult]) -> ReportTable:

@@ -52,7 +52,7 @@ class Load:
         self._rng = stream(seed, "profiling load")
         self._number = -1
         self.arrivals: list[Arrival] = []
-        for phase in PROBE * 2 if engines > 1 else ():
+        for phase in PROBE if engines > 1 else ():
             self._probe(phase)
         self.probe = self._number + 1
         for users, turns in CONCURRENCY:

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from cluster.actions import DispatchTask
-from cluster.control import Decision
 from cluster.events import FirstToken, RequestArrived
 from cluster.latency import StepShape
 from cluster.metrics import Recorder
@@ -38,6 +37,9 @@ PATIENCE_S = 60.0
 
 WARM_UP_STEPS = 10
 
+APART_NS = 5_000_000
+"""Requests that come so long after another do not wait for what the control plane does about that."""
+
 
 class Measured(NamedTuple):
     """A step of an engine, or process, by number. `busy`: what the other engines did meanwhile; `probe`: of the load
@@ -52,39 +54,51 @@ class Measured(NamedTuple):
     disturbed: bool
 
 
+class Launch(msgspec.Struct, frozen=True):
+    """What one launch of the engines told, under the whole load. `there`, `back`: what messages took, in ns."""
+
+    steps: list[Measured]
+    there: list[int]
+    back: list[int]
+    stages_s: dict[str, float]
+
+    @property
+    def undisturbed(self) -> int:
+        """How many of its steps are."""
+        return sum(not step.disturbed for step in self.steps)
+
+
 def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
     """Run the profiling load on the configured real engines, all at once, and fit a latency model to its steps.
 
     The engines are launched `profile_launches` times, because where a process's memory lies makes it faster or slower;
     if more than once, then again where other work on the machine has spoilt more than it left.
     """
-    build.check_types(cfg)
-    engines = sum(group.initial for group in build.groups(cfg))
-    load = Load(build.model_name(cfg), engines, cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed)
-    cfg = cfg.copy()
-    cfg.backend.record, cfg.trace.closed_loop = True, True
-    cfg.dispatch = {"_target_": "experiments.profile_load.ByNumber"}
-    steps: list[Measured] = []
-    recorder, there, back, wanted = Recorder(), [], [], 0.0
-    launches = cfg.profile_launches
-    for unit in range(launches + MORE_LAUNCHES if launches > 1 else launches):
-        await_idle(patience_s=PATIENCE_S if launches > 1 else 0.0)
-        recorder, found, delays = _unit(cfg, load, folder / f"unit{unit}")
-        steps += [step._replace(engine=step.engine + unit * engines) for step in found]
-        there += delays[0]
-        back += delays[1]
-        wanted = wanted or 0.8 * launches * len(found)
-        if sum(not step.disturbed for step in steps) >= wanted:
+    wanted = cfg.profile_launches
+    launches: list[Launch] = []
+    for number in range(wanted + MORE_LAUNCHES if wanted > 1 else wanted):
+        launches.append(measure_launch(cfg, folder / f"launch{number}", PATIENCE_S if wanted > 1 else 0.0))
+        if sum(each.undisturbed for each in launches) >= 0.8 * wanted * len(launches[0].steps):
             break
-    (folder / "steps.json").write_bytes(msgspec.json.encode(steps))
+    return profile_of(cfg, launches)
+
+
+def profile_of(cfg: DictConfig, launches: Sequence[Launch]) -> profiles.Profile:
+    """A profile of all that was measured."""
+    engines = _engines(cfg)
+    steps = [
+        step._replace(engine=step.engine + number * engines)
+        for number, launch in enumerate(launches)
+        for step in launch.steps
+    ]
     return fitted(
         steps,
         machine=f"{platform.machine()}, {_processor()}",
         model=build.model_name(cfg),
         engines=engines,
-        dispatch_s=to_s(int(np.median(there))),
-        event_s=to_s(int(np.median(back))),
-        stages_s=stage_times(recorder),
+        dispatch_s=to_s(int(np.median([took for launch in launches for took in launch.there]))),
+        event_s=to_s(int(np.median([took for launch in launches for took in launch.back]))),
+        stages_s={stage: float(np.median([launch.stages_s[stage] for launch in launches])) for stage in Stage},
     )
 
 
@@ -133,11 +147,22 @@ def fitted(
     )
 
 
-def _unit(cfg: DictConfig, load: Load, folder: Path) -> tuple[Recorder, list[Measured], tuple[list[int], list[int]]]:
-    """One launch of the engines: what was recorded, the steps measured, and what messages took (there, back)."""
+def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
+    """Launch the engines, once others leave the machine alone, and run the load; what was measured stays in `folder`,
+    and where it is there already, nothing is run.
+    """
+    file = folder / "launch.json"
+    if file.is_file():
+        return msgspec.json.decode(file.read_bytes(), type=Launch)
+    build.check_types(cfg)
+    load = Load(build.model_name(cfg), _engines(cfg), cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed)
+    cfg = cfg.copy()
+    cfg.backend.record, cfg.trace.closed_loop = True, True
+    cfg.dispatch = {"_target_": "experiments.profile_load.ByNumber"}
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder()
     control = build.control_plane(cfg, load.arrivals, recorder)
+    await_idle(patience_s)
     with (
         Bystanders() as bystanders,
         build.cluster(cfg, folder) as cluster,
@@ -150,19 +175,20 @@ def _unit(cfg: DictConfig, load: Load, folder: Path) -> tuple[Recorder, list[Mea
         assert isinstance(cluster, RealCluster)
         began = time.monotonic_ns() - cluster.now()
     turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-    requests = recorder.requests
-    of_probe = [
-        last
-        for number, last in zip(requests["request_id"], requests["last_token_ns"], strict=True)
-        if number < load.probe
-    ]
-    probe_end = max(of_probe, default=0)
+    numbers, ends = recorder.requests["request_id"], recorder.requests["last_token_ns"]
+    probe_end = max((end for number, end in zip(numbers, ends, strict=True) if number < load.probe), default=0)
     steps = [
         Measured(span.shape, span.end_ns - span.start_ns, busy, engine, span.end_ns <= probe_end, disturbed)
         for engine, span, busy in steps_of(turns)
         for disturbed in (bystanders.disturb(began + span.start_ns, began + span.end_ns),)
     ]
-    return recorder, steps, message_delays(folder)
+    launch = Launch(steps, *message_delays(folder), stage_times(recorder))
+    file.write_bytes(msgspec.json.encode(launch))
+    return launch
+
+
+def _engines(cfg: DictConfig) -> int:
+    return sum(group.initial for group in build.groups(cfg))
 
 
 def from_logs(paths: list[Path]) -> profiles.Profile:
@@ -234,28 +260,29 @@ def stage_times(recorder: Recorder) -> dict[str, float]:
 
 
 def message_delays(folder: Path) -> tuple[list[int], list[int]]:
-    """ns from decisions to an idle engine that acts on them, and from an engine back to the decisions."""
+    """ns from a request's arrival to an idle engine that acts on it, of those that came alone; and from an engine's
+    first token back to the control plane.
+    """
     dispatched: dict[int, int] = {}
     back: list[int] = []
+    before = -APART_NS
     for _, decision in read_decisions(folder / "decisions.jsonl"):
-        _note(decision, dispatched, back)
+        event = decision.event
+        if isinstance(event, FirstToken):
+            back.append(event.time - event.occurred)
+        for action in decision.actions:
+            if isinstance(action, DispatchTask) and isinstance(event, RequestArrived):
+                if event.occurred - before >= APART_NS:
+                    dispatched[action.task.task_id] = event.occurred
+                before = event.time
     there = []
     for path in (folder / "engines").glob("*.turns.jsonl"):
         idle = True
         for turn in read_turns(path):
-            if idle:
-                there += [turn.start_ns - dispatched[m.task.task_id] for m in turn.messages if isinstance(m, Dispatch)]
+            tasks = [message.task.task_id for message in turn.messages if idle and isinstance(message, Dispatch)]
+            there += [turn.start_ns - dispatched[task_id] for task_id in tasks if task_id in dispatched]
             idle = turn.done is None
     return there, back
-
-
-def _note(decision: Decision, dispatched: dict[int, int], back: list[int]) -> None:
-    event = decision.event
-    if isinstance(event, FirstToken):
-        back.append(event.time - event.occurred)
-    for action in decision.actions:
-        if isinstance(action, DispatchTask):
-            dispatched[action.task.task_id] = event.occurred if isinstance(event, RequestArrived) else event.time
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from sim.noise import Noise
 
 SCHEMA = "deepflow-profile/3"
 
-KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 """Where the time per row may change, if steps were measured between them."""
 
 STEPS_PER_SEGMENT = 25

@@ -70,11 +70,11 @@ def _matrix(arguments: list[str]) -> int:
     out = compose(overrides, config_dirs).out
     folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_validate"
     matrix = Matrix([each for each in overrides if not each.startswith("out=")], config_dirs, folder)
-    print(describe(matrix.profile))
-    results = list(matrix.run())
+    profile, results = matrix.run()
     verdicts = table(results)
+    print(describe(profile))
     print_matrix(verdicts)
-    save(results, matrix.profile, folder / "matrix.json")
+    save(results, profile, folder / "matrix.json")
     runs, rows = report_runs(results, folder)
     write_report(folder / "report.html", "Simulation against real engines", runs, rows, [verdicts])
     print(folder)
