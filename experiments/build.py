@@ -348,6 +348,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 contention=Contention.of(hardware.contention),
+                kv_host_s=hardware.kv_host_s,
                 noise=model.noise if isinstance(model, Fitted) else None,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),

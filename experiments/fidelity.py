@@ -72,6 +72,7 @@ def used_profile(path: Path, profile: Profile) -> list[str]:
         f"backend.delays.peer_s={profile.dispatch_s + profile.event_s}",
         "backend.delays.decision_s=0",
         f"hardware.contention={{{contention}}}",
+        f"hardware.kv_host_s={profile.handover_s or 0.0}",
     ]
 
 

@@ -21,7 +21,7 @@ from experiments.bystanders import DISTURBING, Bystanders, await_idle
 from experiments.config import compose, typed
 from experiments.fidelity import save_profile, slug, used_profile
 from experiments.outputs import read_summary
-from experiments.profiling import Launch, measure_launch, profile_of
+from experiments.profiling import Launch, measure_handovers, measure_launch, profile_of
 from experiments.report import ReportRun, ReportTable
 from experiments.run import run_one_of_several
 from experiments.tables import Row, error_text
@@ -104,7 +104,7 @@ class Verdict(NamedTuple):
 
     @property
     def said(self) -> str:
-        """Met; or missed, by no more than the real runs miss each other; or missed. Unknown where a run has no value."""
+        """Met, or missed, or missed by no more than the real runs miss each other; unknown where a run has no value."""
         if math.isnan(self.error):
             return "unknown"
         if abs(self.error) <= self.bound:
@@ -193,7 +193,8 @@ class Matrix:
                     self._real(self._of(case), self._folder / slug(case.name) / f"real{number}", label)
                 )
             launches.append(self._launch(number + 1))
-        profile = profile_of(self._compose(["backend=real"]), launches)
+        cfg = self._compose(["backend=real"])
+        profile = profile_of(cfg, launches, measure_handovers(cfg, self._profile / "handovers", PATIENCE_S))
         save_profile(profile, self._profile)
         return profile, [self._judge(case, others[case.name], profile) for case in settings.cases]
 
@@ -201,7 +202,7 @@ class Matrix:
         return measure_launch(self._compose(["backend=real"]), self._profile / f"launch{number}", PATIENCE_S)
 
     def _loads(self, launches: Sequence[Launch]) -> dict[str, tuple[int, float]]:
-        """(requests, requests/s) by case, from what the first launch says is served at most; kept, as runs depend on it."""
+        """(requests, requests/s) by case, from what the first launch says is served at most; kept for later runs."""
         file = self._folder / "loads.json"
         if not file.is_file():
             first = profile_of(self._compose(["backend=real"]), launches)
@@ -328,11 +329,11 @@ def legend(results: Sequence[CaseResult]) -> str:
     """What the table's numbers and marks mean, and how many met their bounds."""
     verdicts = [each.said for result in results for each in result.verdicts]
     bounds = results[0].bounds
+    met, noise, missed = (verdicts.count(said) for said in ("met", "within noise", "missed"))
     said = (
         f"(simulated - real) / real; in brackets how far the real runs are apart. Bounds: {bounds.p50:.0%} of p50, "
-        f"{bounds.p99:.0%} of p99, {bounds.throughput:.0%} of throughput. {verdicts.count('met')} of {len(verdicts)} met; ~ "
-        f"{verdicts.count('within noise')} missed by no more than the real runs differ; ! {verdicts.count('missed')} "
-        "missed."
+        f"{bounds.p99:.0%} of p99, {bounds.throughput:.0%} of throughput. {met} of {len(verdicts)} met; "
+        f"~ {noise} missed by no more than the real runs differ; ! {missed} missed."
     )
     if any(result.disturbed for result in results):
         said += " * other work used the machine during a real run."

@@ -1,6 +1,7 @@
 """The load that a profile is measured under: a probe of what engines do to each other, then light to full batches."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,9 @@ PROMPTS = 16
 """What an engine does in a phase of the probe: decode so many sequences for so long, or compute so many prompts."""
 
 LONGEST_OUTPUT = 64
+
+HANDED_OVER = (4, 20)
+"""(requests at a time, one after the other) of an engine that prefills for one that decodes."""
 
 PROBE: tuple[Mapping[int, str], ...] = (
     {0: "decode"},
@@ -39,36 +43,58 @@ class ByNumber(DispatchPolicy):
         return names[task.request.request_id % len(names)] if names else None
 
 
-class Load:
-    """The arrivals of the whole load. `probe`: request numbers below it are the probe's, which comes first.
+class Load(NamedTuple):
+    """Arrivals in order. `probe`: those with lower request numbers are the probe's, which comes first."""
 
-    Lengths are log-uniform: 8 to `max_prompt` tokens in, 8 to `LONGEST_OUTPUT` out. Each phase begins when the last has
-    ended; in it each engine has as many users as said, who send one request after the other.
+    arrivals: list[Arrival]
+    probe: int
+
+
+def load(model: str, engines: int, max_sequences: int, max_prompt: int, seed: int) -> Load:
+    """The whole load for engines that serve alone: the probe, where there are two to look at, then more and more
+    requests at a time.
+    """
+    phases = _Phases(model, engines, max_prompt, seed)
+    for each in PROBE if engines > 1 else ():
+        phases.probe(each, min(DECODES, max_sequences))
+    probe = phases.number + 1
+    for users, turns in CONCURRENCY:
+        phases.steady(min(users, max_sequences), turns)
+    return Load(phases.arrivals, probe)
+
+
+def handovers(model: str, max_prompt: int, seed: int) -> list[Arrival]:
+    """The load for an engine that prefills and one that decodes: a few requests at a time."""
+    phases = _Phases(model, 1, max_prompt, seed)
+    phases.steady(*HANDED_OVER)
+    return phases.arrivals
+
+
+class _Phases:
+    """Writes down phase after phase; each begins when the last has ended.
+
+    Lengths are log-uniform: 8 to `max_prompt` tokens in, 8 to `LONGEST_OUTPUT` out.
     """
 
-    def __init__(self, model: str, engines: int, max_sequences: int, max_prompt: int, seed: int) -> None:
-        self._model, self._engines, self._max_sequences = model, engines, max_sequences
-        self._max_prompt = max_prompt
-        self._rng = stream(seed, "profiling load")
-        self._number = -1
+    def __init__(self, model: str, engines: int, max_prompt: int, seed: int) -> None:
         self.arrivals: list[Arrival] = []
-        for phase in PROBE if engines > 1 else ():
-            self._probe(phase)
-        self.probe = self._number + 1
-        for users, turns in CONCURRENCY:
-            self._steady(min(users, max_sequences), turns)
+        self.number = -1
+        self._model, self._engines, self._max_prompt = model, engines, max_prompt
+        self._rng = stream(seed, "profiling load")
 
-    def _probe(self, phase: Mapping[int, str]) -> None:
+    def probe(self, phase: Mapping[int, str], sequences: int) -> None:
+        """Engines do what `phase` says."""
         begin = Trigger("ended", count=len(self.arrivals))
         for engine, kind in phase.items():
             if kind == "decode":
-                for _ in range(min(DECODES, self._max_sequences)):
+                for _ in range(sequences):
                     self._add(engine, 16, DECODE_TOKENS, begin)
             else:
                 for _ in range(PROMPTS):
                     self._add(engine, self._max_prompt // 2, 1, begin)
 
-    def _steady(self, users: int, turns: int) -> None:
+    def steady(self, users: int, turns: int) -> None:
+        """So many users of each engine send so many requests one after the other."""
         begin = Trigger("ended", count=len(self.arrivals))
         last: dict[tuple[int, int], int] = {}
         for _ in range(turns):
@@ -85,7 +111,7 @@ class Load:
 
     def _add(self, engine: int, prompt: int, output: int, after: Trigger) -> int:
         """The next number of this engine's."""
-        self._number += 1 + (engine - self._number - 1) % self._engines
-        request = Request(self._number, prompt, 2 * max(output, LONGEST_OUTPUT), self._model)
+        self.number += 1 + (engine - self.number - 1) % self._engines
+        request = Request(self.number, prompt, 2 * max(output, LONGEST_OUTPUT), self._model)
         self.arrivals.append(Arrival(request, Answer(output), after=after))
-        return self._number
+        return self.number

@@ -10,17 +10,18 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cluster.actions import DispatchTask
 from cluster.events import FirstToken, RequestArrived
 from cluster.latency import StepShape
 from cluster.metrics import Recorder
-from cluster.vocabulary import Stage, to_s
-from experiments import build
+from cluster.request import Arrival
+from cluster.vocabulary import NS_PER_S, Stage, to_s
+from experiments import build, profile_load
 from experiments.bystanders import Bystanders, await_idle
 from experiments.commands.replay import read_decisions
-from experiments.profile_load import Load
+from experiments.config import CONF
 from experiments.progress import ProgressBar
 from experiments.run import drive
 from flowserve.core.messages import Dispatch
@@ -36,6 +37,9 @@ PATIENCE_S = 60.0
 """How long to wait for an idle machine before each launch."""
 
 WARM_UP_STEPS = 10
+
+FEWEST_HANDOVERS = 10
+"""Steps with and without a fetch that it takes to compare them."""
 
 APART_NS = 5_000_000
 """Requests that come so long after another do not wait for what the control plane does about that."""
@@ -80,10 +84,10 @@ def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
         launches.append(measure_launch(cfg, folder / f"launch{number}", PATIENCE_S if wanted > 1 else 0.0))
         if sum(each.undisturbed for each in launches) >= 0.8 * wanted * len(launches[0].steps):
             break
-    return profile_of(cfg, launches)
+    return profile_of(cfg, launches, measure_handovers(cfg, folder / "handovers", PATIENCE_S if wanted > 1 else 0.0))
 
 
-def profile_of(cfg: DictConfig, launches: Sequence[Launch]) -> profiles.Profile:
+def profile_of(cfg: DictConfig, launches: Sequence[Launch], handovers: "Handovers | None" = None) -> profiles.Profile:
     """A profile of all that was measured."""
     engines = _engines(cfg)
     steps = [
@@ -91,7 +95,7 @@ def profile_of(cfg: DictConfig, launches: Sequence[Launch]) -> profiles.Profile:
         for number, launch in enumerate(launches)
         for step in launch.steps
     ]
-    return fitted(
+    profile = fitted(
         steps,
         machine=f"{platform.machine()}, {_processor()}",
         model=build.model_name(cfg),
@@ -100,6 +104,7 @@ def profile_of(cfg: DictConfig, launches: Sequence[Launch]) -> profiles.Profile:
         event_s=to_s(int(np.median([took for launch in launches for took in launch.back]))),
         stages_s={stage: float(np.median([launch.stages_s[stage] for launch in launches])) for stage in Stage},
     )
+    return profile if handovers is None else msgspec.structs.replace(profile, handover_s=handovers.took_s(profile))
 
 
 def fitted(
@@ -147,6 +152,25 @@ def fitted(
     )
 
 
+class Handovers(msgspec.Struct, frozen=True):
+    """Steps of an engine that decodes what another one has prefilled. `fetches`: KV caches fetched before each."""
+
+    steps: list[Measured]
+    fetches: list[int]
+
+    def took_s(self, profile: profiles.Profile) -> float | None:
+        """How much longer a step takes for a fetch ahead of it; None where there is too little to tell."""
+        model = profiles.model_of(profile)
+        freed = profiles.alone(
+            [(step.shape, step.took_ns) for step in self.steps], [step.busy for step in self.steps], profile.contention
+        )
+        excess = np.array([took - model.step_ns(shape) for shape, took in freed])
+        fetches = np.array(self.fetches)
+        if min((fetches == 0).sum(), (fetches == 1).sum()) < FEWEST_HANDOVERS:
+            return None
+        return max(0.0, float(np.median(excess[fetches == 1]) - np.median(excess[fetches == 0])) / NS_PER_S)
+
+
 def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
     """Launch the engines, once others leave the machine alone, and run the load; what was measured stays in `folder`,
     and where it is there already, nothing is run.
@@ -154,20 +178,61 @@ def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
     file = folder / "launch.json"
     if file.is_file():
         return msgspec.json.decode(file.read_bytes(), type=Launch)
+    sizes = (_engines(cfg), cfg.engine.max_sequences, cfg.profile_max_prompt)
+    load = profile_load.load(build.model_name(cfg), *sizes, cfg.seed)
+    recorder, steps = _run(cfg, load.arrivals, folder, patience_s)
+    numbers, ends = recorder.requests["request_id"], recorder.requests["last_token_ns"]
+    probe_end = max((end for number, end in zip(numbers, ends, strict=True) if number < load.probe), default=0)
+    measured = [_measured(step, probe_end) for step in steps]
+    launch = Launch(measured, *message_delays(folder), stage_times(recorder))
+    file.write_bytes(msgspec.json.encode(launch))
+    return launch
+
+
+def measure_handovers(cfg: DictConfig, folder: Path, patience_s: float) -> Handovers:
+    """Launch a prefill and a decode engine instead, and see what fetching KV cache costs the one that decodes."""
+    file = folder / "handovers.json"
+    if file.is_file():
+        return msgspec.json.decode(file.read_bytes(), type=Handovers)
+    cfg = cfg.copy()
+    cfg.fleet = OmegaConf.load(CONF / "fleet" / "pd_1p1d.yaml")
+    arrivals = profile_load.handovers(build.model_name(cfg), cfg.profile_max_prompt, cfg.seed)
+    _, steps = _run(cfg, arrivals, folder, patience_s)
+    decoded = [step for step in steps if step.engine == 1 and not step.disturbed]
+    handovers = Handovers([_measured(step, 0) for step in decoded], [step.fetches for step in decoded])
+    file.write_bytes(msgspec.json.encode(handovers))
+    return handovers
+
+
+class _Step(NamedTuple):
+    engine: int
+    span: StepSpan
+    busy: profiles.Shares
+    disturbed: bool
+    fetches: int
+
+
+def _measured(step: _Step, probe_end: int) -> Measured:
+    span = step.span
+    probe = span.end_ns <= probe_end
+    return Measured(span.shape, span.end_ns - span.start_ns, step.busy, step.engine, probe, step.disturbed)
+
+
+def _run(cfg: DictConfig, arrivals: list[Arrival], folder: Path, patience_s: float) -> tuple[Recorder, list[_Step]]:
+    """Run a load on the configured engines: what the control plane recorded, and the engines' steps."""
     build.check_types(cfg)
-    load = Load(build.model_name(cfg), _engines(cfg), cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed)
     cfg = cfg.copy()
     cfg.backend.record, cfg.trace.closed_loop = True, True
     cfg.dispatch = {"_target_": "experiments.profile_load.ByNumber"}
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder()
-    control = build.control_plane(cfg, load.arrivals, recorder)
+    control = build.control_plane(cfg, arrivals, recorder)
     await_idle(patience_s)
     with (
         Bystanders() as bystanders,
         build.cluster(cfg, folder) as cluster,
         (folder / "decisions.jsonl").open("wb") as log,
-        ProgressBar(len(load.arrivals), f"profiling, {folder.name}", enabled=cfg.progress) as bar,
+        ProgressBar(len(arrivals), f"profiling, {folder.name}", enabled=cfg.progress) as bar,
     ):
         control.log_to(log)
         if drive(control, cluster, bar, simulated=False):
@@ -175,16 +240,17 @@ def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
         assert isinstance(cluster, RealCluster)
         began = time.monotonic_ns() - cluster.now()
     turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-    numbers, ends = recorder.requests["request_id"], recorder.requests["last_token_ns"]
-    probe_end = max((end for number, end in zip(numbers, ends, strict=True) if number < load.probe), default=0)
-    steps = [
-        Measured(span.shape, span.end_ns - span.start_ns, busy, engine, span.end_ns <= probe_end, disturbed)
+    fetches = [{turn.end_ns: len(turn.transfers) for turn in each} for each in turns]
+    return recorder, [
+        _Step(
+            engine,
+            span,
+            busy,
+            bystanders.disturb(began + span.start_ns, began + span.end_ns),
+            fetches[engine][span.end_ns],
+        )
         for engine, span, busy in steps_of(turns)
-        for disturbed in (bystanders.disturb(began + span.start_ns, began + span.end_ns),)
     ]
-    launch = Launch(steps, *message_delays(folder), stage_times(recorder))
-    file.write_bytes(msgspec.json.encode(launch))
-    return launch
 
 
 def _engines(cfg: DictConfig) -> int:

@@ -78,6 +78,7 @@ class Node(msgspec.Struct, frozen=True):
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
     `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `tiers`: links
     to the tiers that the engine has below HBM. `acceptance`: of guesses, where it speculates. `noise`: of step times.
+    `kv_host_s`: as in `Hardware`.
     """
 
     engine: EngineConfig
@@ -91,6 +92,7 @@ class Node(msgspec.Struct, frozen=True):
     acceptance: Acceptance = Acceptance()
     tiers: Callable[[], TierLinks] | None = None
     noise: Noise | None = None
+    kv_host_s: float = 0.0
 
     @property
     def block_bytes(self) -> int:
@@ -375,6 +377,10 @@ class SimCluster(Cluster):
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
         done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
+        if node.kv_host_s:
+            host_ns = to_ns(node.kv_host_s)
+            self.executors[name].hold(host_ns)
+            done = max(done, now + host_ns)
 
         def end() -> None:  # a source that died in the middle took the rest of the KV cache with it
             self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)

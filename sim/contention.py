@@ -81,6 +81,13 @@ class Shared:
         step.slowdown = self._slowdown(engine, step)
         return step.end
 
+    def extend(self, engine: Computing, now: int, work: int) -> int:
+        """The step under way has `work` ns more to do: when it ends now."""
+        step = self._steps[engine]
+        step.left += work - (now - step.since) / step.slowdown
+        step.since = now
+        return step.end
+
     def idle(self, engine: Computing, now: int) -> None:
         """It computes no more."""
         step = self._steps.pop(engine, None)

@@ -122,6 +122,16 @@ class SimExecutor:
         if self._shared is not None:
             self._shared.idle(self, int(self._env.now))
 
+    def hold(self, ns: int) -> None:
+        """The host needs so long for something else before it launches what it has just scheduled."""
+        if not self._core.in_flight:
+            return
+        self._ends = [end + ns for end in self._ends]
+        if self._shared is not None:
+            self._ends = [self._shared.extend(self, int(self._env.now), ns)]
+        del self._ends[bisect_left(self._ends, self.shell.next_report) + 1 :]
+        self._wait_for(self._ends[-1])
+
     def retime(self, end: int) -> None:
         """The step under way ends at another time, because others begin or cease to slow it down."""
         self._ends = [end]

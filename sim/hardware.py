@@ -27,13 +27,14 @@ class Hardware(msgspec.Struct, frozen=True):
     switch (all of it to anyone) or a ring; `peer_latency_s` per phase of a collective. Beyond the node, collectives go
     over `kv_link_*`. `all_to_all`: measured rates of expert parallelism, by degree.
 
-    `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous segment. `pcie_*`:
-    between HBM and host memory; `ssd_*`: between host memory and disk; moves over them pay the same overhead per
-    segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how much longer a step
-    takes for each other executor that computes meanwhile, as a share, or one for each pair of kinds of steps (engines
-    on the cores of one CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step;
-    the device waits for it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile contain
-    it.
+    `kv_link_*`: what moves KV cache between executors, with `kv_call_overhead_s` per contiguous segment. `kv_host_s`:
+    for how long each move keeps the engine that fetches from computing (on a CPU it copies by itself; NPUs do not: 0).
+    `pcie_*`: between HBM and host memory; `ssd_*`: between host memory and disk; moves over them pay the same overhead
+    per segment. `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how much longer a
+    step takes for each other executor that computes meanwhile, as a share, or one for each pair of kinds of steps
+    (engines on the cores of one CPU share its memory bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for
+    a step; the device waits for it unless plans are in flight (`engine.max_in_flight` above 1). Step times of a profile
+    contain it.
     """
 
     name: str
@@ -62,10 +63,12 @@ class Hardware(msgspec.Struct, frozen=True):
     usable_hbm: float = 0.9
     contention: float | Contention = 0.0
     host_step_s: float = 0.0
+    kv_host_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.host_step_s < 0:
-            raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
+        for field in ("host_step_s", "kv_host_s"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"hardware.{field} is {getattr(self, field)}: allowed are 0 (none) and more")
         if not isinstance(self.contention, Contention) and self.contention < 0:
             raise ValueError(f"hardware.contention is {self.contention}: allowed are 0 (none) and more")
         if self.node_npus > 1 and not self.peer_bytes_per_s > 0:

@@ -39,7 +39,8 @@ class Profile(msgspec.Struct, frozen=True):
     each other. `residuals`: measured over expected time of steps the model was not fitted to, in order of time.
     `disturbed`: share of the steps measured during which something else used the machine: left out, but where that
     would have left next to none; None: nobody looked. Delays and start-up stages: medians in seconds, None and none
-    where a log of steps was all there was.
+    where a log of steps was all there was. `handover_s`: for which fetching a KV cache keeps the engine that fetches it
+    from computing; None: not measured.
     """
 
     schema: str
@@ -59,6 +60,7 @@ class Profile(msgspec.Struct, frozen=True):
     dispatch_s: float | None
     event_s: float | None
     stages_s: dict[str, float]
+    handover_s: float | None = None
 
 
 def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
@@ -210,6 +212,11 @@ def load_latency(path: str | Path, noise: int | None = 0, seed: int = 0) -> Fitt
     return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, drawn)
 
 
+def model_of(profile: Profile) -> Fitted:
+    """Its latency model, without noise."""
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges)
+
+
 def describe(profile: Profile) -> str:
     """A profile in a few lines of text."""
     lines = [
@@ -227,6 +234,8 @@ def describe(profile: Profile) -> str:
             f"prompts {longer.prefill_by_decode:.1%} and {longer.prefill_by_prefill:.1%}"
         )
         lines.append(f"messages: {profile.dispatch_s * 1e6:.0f} us to an engine, {profile.event_s * 1e6:.0f} us back")
+    if profile.handover_s is not None:
+        lines.append(f"fetching a KV cache: {profile.handover_s * 1e6:.0f} us of the engine's own time")
     for name, value in zip(Fitted.names(profile.knots), profile.coefficients_ns, strict=True):
         low, high = profile.ranges.get(name, (0.0, 0.0))
         measured = f"   measured {low:g} to {high:g}" if name in profile.ranges else ""

@@ -207,6 +207,7 @@ def run_sim(
     seed: int = 0,
     acceptance: float = 0.0,
     noise: Noise | None = None,
+    kv_host_s: float = 0.0,
     contention: Contention = Contention(),  # noqa: B008 (frozen)
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
 ) -> Run:
@@ -231,6 +232,7 @@ def run_sim(
         acceptance=Acceptance(acceptance),
         tiers=tiers,
         noise=noise,
+        kv_host_s=kv_host_s,
         contention=contention,
     )
     cluster = SimCluster(

@@ -35,6 +35,7 @@ def short_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few requests at a time, and nothing but sleeping engines."""
     monkeypatch.setattr(profile_load, "CONCURRENCY", ((1, 3), (3, 3)))
     monkeypatch.setattr(profile_load, "PROMPTS", 3)
+    monkeypatch.setattr(profile_load, "HANDED_OVER", (2, 12))
     monkeypatch.setattr(profile_load, "DECODE_TOKENS", 12)
     undisturbed(monkeypatch)
     monkeypatch.setattr(fidelity, "REAL_BASE", [*fidelity.REAL_BASE, *NULL_ENGINE[2:]])
@@ -54,6 +55,7 @@ def test_a_profile_is_measured_and_used(deepflow: Command) -> None:
     assert profile.ranges["decode_sequences"][1] >= 3
     assert len(profile.residuals) == profile.steps
     assert profile.disturbed == 0
+    assert profile.handover_s is not None
     assert profile.dispatch_s > 0
     assert profile.event_s > 0
     ran = deepflow("run", *SIM, "latency=profile", f"latency.path={said.folder}")

@@ -45,6 +45,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with the experiment; the profile's load is short."""
     monkeypatch.setattr(profile_load, "CONCURRENCY", ((1, 3), (3, 3), (12, 2)))
     monkeypatch.setattr(profile_load, "PROMPTS", 3)
+    monkeypatch.setattr(profile_load, "HANDED_OVER", (2, 12))
     monkeypatch.setattr(profile_load, "DECODE_TOKENS", 12)
     monkeypatch.setattr(matrix, "SATURATING", 60)
     undisturbed(monkeypatch)

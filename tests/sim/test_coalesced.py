@@ -149,6 +149,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "tiers": draw(st.sampled_from([lambda: tier_links(1e9, 1e8), lambda: tier_links(1e7, 1e6, 0.001)])),
         "acceptance": 0.6,
+        "kv_host_s": draw(st.sampled_from([0.0, 0.0013])),
         "noise": draw(st.sampled_from(NOISES)),
         "contention": draw(st.sampled_from([Contention(), Contention(), Contention(0.3, 0.1, 0.0, 0.2)])),
         "latency": draw(st.sampled_from(LATENCIES)),

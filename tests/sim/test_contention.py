@@ -93,6 +93,7 @@ def test_steps_go_on_slower_while_others_compute() -> None:
     assert one.ends[-1] == 92 + 20
     assert other.ends == []
     assert shared.begin(one, False, 112, 50) == 162
+    assert shared.extend(one, 122, 30) == 192
 
 
 def test_a_number_is_contention_of_every_kind() -> None:
