@@ -21,7 +21,7 @@ from experiments.bystanders import DISTURBING, Bystanders, await_idle
 from experiments.config import compose, typed
 from experiments.fidelity import save_profile, slug, used_profile
 from experiments.outputs import read_summary
-from experiments.profiling import Launch, measure_handovers, measure_launch, profile_of
+from experiments.profiling import Launch, measure_handovers, measure_launch, profile_of, steps_of
 from experiments.report import ReportRun, ReportTable
 from experiments.run import run_one_of_several
 from experiments.tables import Row, error_text
@@ -92,13 +92,16 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Verdict(NamedTuple):
-    """One metric of one case. `difference`: between the real runs, as a share of their mean."""
+    """One metric of one case. `difference`: between the real runs, as a share of their mean. `paced`: the error of
+    simulations whose steps are as fast, on the whole, as those of the real run each is held against.
+    """
 
     metric: str
     real: float
     simulated: float
     difference: float
     bound: float
+    paced: float
 
     @property
     def error(self) -> float:
@@ -125,7 +128,9 @@ class Schedule(msgspec.Struct, frozen=True):
 
 
 class CaseResult(msgspec.Struct, frozen=True):
-    """All there is of a case. `others`: CPUs' worth of other work during each real run."""
+    """All there is of a case. By real run: `others`, CPUs' worth of other work meanwhile; `paces`, how long its steps
+    took beside what the profile says; `paced`, what was simulated at that pace.
+    """
 
     case: Case
     requests: int
@@ -133,6 +138,8 @@ class CaseResult(msgspec.Struct, frozen=True):
     others: list[float]
     real: list[dict[str, float]]
     simulated: list[dict[str, float]]
+    paces: list[float]
+    paced: list[dict[str, float]]
     bounds: Bounds
     schedules: list[Schedule]
 
@@ -145,6 +152,7 @@ class CaseResult(msgspec.Struct, frozen=True):
                 fmean(run[metric] for run in self.simulated),
                 _apart([run[metric] for run in self.real]),
                 getattr(self.bounds, kind),
+                fmean(ours[metric] / real[metric] - 1 for ours, real in zip(self.paced, self.real, strict=True)),
             )
             for metric, (_, kind) in METRICS.items()
         ]
@@ -248,15 +256,15 @@ class Matrix:
     def _judge(self, case: Case, others: list[float], profile: profiles.Profile) -> CaseResult:
         folder, overrides = self._folder / slug(case.name), self._of(case)
         where = [folder / f"real{number}" for number in range(self.settings.repeats)]
-        own = used_profile(self._profile / "profile.json", profile)
-        simulated = [
-            run_one_of_several(
-                self._compose(["backend=sim", *own, f"latency.noise={noise}", *overrides]),
-                folder / f"sim{noise}",
-                f"{case.name}, simulated {noise + 1}",
-            ).summary
-            for noise in range(self.settings.simulations)
-        ]
+        simulated = self._simulate(overrides, profile, self._profile, folder, "sim")
+        paces = [self._pace(each, profile) for each in where]
+        paced = []
+        for number, pace in enumerate(paces):
+            slower = [coefficient * pace for coefficient in profile.coefficients_ns]
+            own = msgspec.structs.replace(profile, coefficients_ns=slower)
+            save_profile(own, folder / f"pace{number}")
+            runs = self._simulate(overrides, own, folder / f"pace{number}", folder / f"pace{number}", "sim")
+            paced.append({metric: fmean(run[metric] for run in runs) for metric in METRICS})
         requests, rate = self._requests[case.name]
         return CaseResult(
             case,
@@ -265,6 +273,8 @@ class Matrix:
             others,
             [read_summary(each).metrics for each in where],
             simulated,
+            paces,
+            paced,
             self.settings.bounds,
             [self._lockstep(overrides, each) for each in where],
         )
@@ -282,6 +292,32 @@ class Matrix:
                 run_one_of_several(self._compose([*overrides, "backend.record=true"]), folder, f"{label}.{attempt + 1}")
             note.write_bytes(msgspec.json.encode(bystanders.share()))
         return _others(note)
+
+    def _simulate(
+        self, overrides: list[str], profile: profiles.Profile, where: Path, folder: Path, name: str
+    ) -> list[dict[str, float]]:
+        """The metrics of a case from a profile, which is in the folder `where`, by draw of noise."""
+        own = used_profile(where / "profile.json", profile)
+        found = []
+        for noise in range(self.settings.simulations):
+            cfg = self._compose(["backend=sim", *own, f"latency.noise={noise}", *overrides])
+            label = f"{folder.relative_to(self._folder)}, simulated {noise + 1}"
+            found.append(run_one_of_several(cfg, folder / f"{name}{noise}", label).summary)
+        return found
+
+    def _pace(self, folder: Path, profile: profiles.Profile) -> float:
+        """How long the steps of a real run took, all in all, as a multiple of what the profile says; fetches apart."""
+        turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
+        steps = steps_of(turns)
+        freed = profiles.alone(
+            [(step.shape, step.end_ns - step.start_ns) for _, step, _ in steps],
+            [busy for _, _, busy in steps],
+            profile.contention,
+        )
+        model = profiles.model_of(profile)
+        fetches = sum(len(turn.transfers) for each in turns for turn in each if turn.done is not None)
+        fetching = fetches * (profile.handover_s or 0.0) * NS_PER_S
+        return (sum(took for _, took in freed) - fetching) / sum(model.step_ns(shape) for shape, _ in freed)
 
     def _lockstep(self, overrides: list[str], folder: Path) -> Schedule:
         cfg = self._compose(overrides)
@@ -309,6 +345,25 @@ class Matrix:
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         return compose([*self._overrides, "report=false", *overrides], self._config_dirs)
+
+
+def paced_table(results: Sequence[CaseResult]) -> ReportTable:
+    """The same for simulations at the real runs' pace: what is left when the machine's speed is known."""
+    head = ["case", *(title for title, _ in METRICS.values()), "pace"]
+    rows, met, number = [], 0, 0
+    for result in results:
+        inside = [abs(each.paced) <= each.bound for each in result.verdicts]
+        met, number = met + sum(inside), number + len(inside)
+        cells = [
+            error_text(each.paced) + ("" if ok else " !") for each, ok in zip(result.verdicts, inside, strict=True)
+        ]
+        rows.append([result.case.name, *cells, ", ".join(f"{pace:.2f}" for pace in result.paces)])
+    lead = (
+        "Simulated with steps as fast, on the whole, as those of each real run, which no forecast can know: what is "
+        "left is the simulator's own error. Pace: time of a real run's steps over what the profile says. "
+        f"{met} of {number} within the bounds."
+    )
+    return ReportTable("At the pace of each real run", head, rows, lead)
 
 
 def table(results: Sequence[CaseResult]) -> ReportTable:

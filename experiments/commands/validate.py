@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _matrix(arguments: list[str]) -> int:
-    from experiments.matrix import Matrix, print_matrix, report_runs, save, table
+    from experiments.matrix import Matrix, paced_table, print_matrix, report_runs, save, table
     from experiments.report import write_report
     from sim.profile import describe
 
@@ -71,12 +71,14 @@ def _matrix(arguments: list[str]) -> int:
     folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_validate"
     matrix = Matrix([each for each in overrides if not each.startswith("out=")], config_dirs, folder)
     profile, results = matrix.run()
-    verdicts = table(results)
+    tables = [table(results), paced_table(results)]
     print(describe(profile))
-    print_matrix(verdicts)
+    for each in tables:
+        print()
+        print_matrix(each)
     save(results, profile, folder / "matrix.json")
     runs, rows = report_runs(results, folder)
-    write_report(folder / "report.html", "Simulation against real engines", runs, rows, [verdicts])
+    write_report(folder / "report.html", "Simulation against real engines", runs, rows, tables)
     print(folder)
     return 0
 

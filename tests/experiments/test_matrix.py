@@ -97,8 +97,8 @@ def test_an_experiment_without_cases_is_refused(deepflow: Command, tmp_path: Pat
 )
 def test_a_verdict_knows_bound_and_noise(simulated: float, difference: float, said: str) -> None:
     """An error is judged by its bound; where it is larger, by what two real runs differ by."""
-    assert Verdict("ttft_p50_s", 1.0, simulated, difference, 0.03).said == said
-    assert Verdict("tpot_p50_s", float("nan"), simulated, difference, 0.03).said == "unknown"
+    assert Verdict("ttft_p50_s", 1.0, simulated, difference, 0.03, 0.0).said == said
+    assert Verdict("tpot_p50_s", float("nan"), simulated, difference, 0.03, 0.0).said == "unknown"
 
 
 def test_numbers_of_a_case() -> None:
@@ -113,6 +113,8 @@ def test_numbers_of_a_case() -> None:
         [0.0, 0.5],
         [run, {**run, "e2e_p99_s": 1.5}],
         [{**run, "e2e_p99_s": 1.0}, {**run, "e2e_p99_s": 1.4}],
+        [1.0, 1.1],
+        [{**run, "e2e_p99_s": 0.9}, {**run, "e2e_p99_s": 1.53}],
         bounds,
         schedules,
     )
@@ -120,6 +122,8 @@ def test_numbers_of_a_case() -> None:
     assert (last.metric, last.real, last.simulated, last.bound) == ("e2e_p99_s", 1.25, pytest.approx(1.2), 0.05)
     assert last.difference == pytest.approx(0.4)
     assert last.said == "met"
+    assert last.paced == pytest.approx((-0.1 + 0.02) / 2)
+    assert matrix.paced_table([result]).rows[0][6:] == ["-4.0%", "+0.0%", "1.00, 1.10"]
     assert result.disturbed
     assert matrix.lockstep_text(schedules) == "different: te-1, turn 7: plans"
     assert matrix.lockstep_text(schedules[:1]) == "identical in 10 turns (2 hits, 3 preemptions, 4 transfers)"
