@@ -110,6 +110,7 @@ class Settings(msgspec.Struct, frozen=True):
     cooldown_s: float
     profile_max_prompt: int
     electricity_per_kwh: float
+    profile_launches: int
     decisions: bool
     report: bool
     progress: bool
@@ -387,6 +388,8 @@ def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
 def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
     from sim.coldstart import ColdStart
+    from sim.contention import Contention
+    from sim.latency import Fitted
     from sim.node import Node
 
     cold = typed(cfg.coldstart, ColdStart, "coldstart")
@@ -409,7 +412,9 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 host=hardware.host(),
-                contention=hardware.contention,
+                contention=Contention.of(hardware.contention),
+                kv_host_s=hardware.kv_host_s,
+                noise=model.noise if isinstance(model, Fitted) else None,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
                 load=cold.loading(shape.weight_bytes, shape.weight_bytes_on(spec.npus), shape.pipeline_stages),
@@ -440,7 +445,7 @@ def latency_model(cfg: DictConfig, hardware: Hardware, shape: ModelShape, npus: 
         from sim.profile import load_latency
 
         return load_latency(profile)
-    model: LatencyModel = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=npus)
+    model: LatencyModel = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=npus, seed=cfg.seed)
     return model
 
 

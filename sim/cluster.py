@@ -51,9 +51,11 @@ from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
 from sim.alarm import NORMAL, Alarm
+from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
 from sim.network import Network, Path
 from sim.node import Delays, Failure, Node
+from sim.noise import Noisy
 from sim.starting import Starter
 from sim.tokenizers import Tokenizers
 from sim.topology import Hosts, Topology
@@ -105,6 +107,7 @@ class SimCluster(Cluster):
         self._tokenizers = Tokenizers(delays.tokenizers, delays.token_s) if delays.token_s else None
         self._encoded: dict[int, int] = {}  # when the prompts of open requests are
         self._coalesce = coalesce
+        self._shared = Shared(self._suffers)
         self._answers: dict[int, Answer] = {}
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
         self._nodes: dict[str, Node] = {}
@@ -243,6 +246,8 @@ class SimCluster(Cluster):
         self._tasks[action.executor] = {}
         if latency not in self.latencies:
             self.latencies.append(latency)
+        if node.noise is not None:
+            latency = Noisy(latency, node.noise, action.executor)
         executor = SimExecutor(
             self.env,
             shell,
@@ -251,7 +256,7 @@ class SimCluster(Cluster):
             partial(self._take, action.executor),
             self._coalesce,
             len(self._nodes),
-            partial(self._slowdown, action.executor, node.contention) if node.contention else None,
+            self._shared if node.contention else None,
             self._record,
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
@@ -271,10 +276,9 @@ class SimCluster(Cluster):
             )
         )
 
-    def _slowdown(self, name: str, contention: float) -> float:
-        """What a step that starts now takes longer by, because others compute too."""
-        busy = sum(bool(each.shell.core.in_flight) for other, each in self.executors.items() if other != name)
-        return 1 + contention * busy
+    def _suffers(self, engine: Computing) -> Contention:
+        assert isinstance(engine, SimExecutor)
+        return self._nodes[engine.shell.shell.name].contention
 
     # -- failures -------------------------------------------------------------------------------------------------
 
@@ -367,6 +371,8 @@ class SimCluster(Cluster):
         node, source = self._nodes[name], transfer.source
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
+        if node.kv_host_s:
+            self.executors[name].hold(to_ns(node.kv_host_s))
         pieces = runs * node.kv_segments
         on_end = partial(self._fetched, name, transfer, self.now(), num_bytes, pieces)
         if source not in self.executors:  # it died after it made the offer
@@ -376,6 +382,11 @@ class SimCluster(Cluster):
 
     def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
+        copied = asked + to_ns(self._nodes[name].kv_host_s)  # by the engine itself, where its host must
+        if success and self.now() < copied:
+            again = partial(self._fetched, name, transfer, asked, num_bytes, pieces, success)
+            self._at(copied - self.now(), again)
+            return
         if success and len(self.transfers) < MOST_TRANSFERS:
             source, blocks, task_id = transfer.source, len(transfer.blocks), transfer.task_id
             self.transfers.append(TransferSpan(source, name, asked, self.now(), blocks, num_bytes, pieces, task_id))

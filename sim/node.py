@@ -9,6 +9,8 @@ from cluster.latency import LatencyModel
 from cluster.vocabulary import Stage
 from flowserve.core.config import EngineConfig
 from sim.coldstart import Load
+from sim.contention import Contention
+from sim.noise import Noise
 from sim.topology import HostShape
 
 
@@ -40,6 +42,7 @@ class Node(msgspec.Struct, frozen=True):
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
     `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `acceptance`: of
     guesses, where it speculates. `load`: weights to be moved in the stage TE_LOAD, beside the time of the stage itself.
+    `noise`: of step times. `kv_host_s`: as in `Hardware`.
     """
 
     engine: EngineConfig
@@ -48,10 +51,12 @@ class Node(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     kv_segments: int
     host: HostShape
-    contention: float = 0.0
+    contention: Contention = Contention()
     host_step_s: float = 0.0
     acceptance: Acceptance = Acceptance()
     load: Load | None = None
+    noise: Noise | None = None
+    kv_host_s: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.load is not None or self.engine.tiers.blocks) and self.host.pcie is None:

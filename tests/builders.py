@@ -23,10 +23,12 @@ from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.cluster import SimCluster
 from sim.coldstart import Load
+from sim.contention import Contention
 from sim.executor import SimExecutor
 from sim.hardware import Hardware
 from sim.latency import Constant
 from sim.node import Delays, Failure, Node
+from sim.noise import Noise
 from sim.topology import Hosts, HostShape, Wire
 
 MODEL = "m"
@@ -238,6 +240,9 @@ def run_sim(
     max_attempts: int = 4,
     seed: int = 0,
     acceptance: float = 0.0,
+    noise: Noise | None = None,
+    kv_host_s: float = 0.0,
+    contention: Contention = Contention(),  # noqa: B008 (frozen)
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
     between: Callable[[ControlPlane, SimCluster], None] | None = None,
 ) -> Run:
@@ -263,6 +268,9 @@ def run_sim(
         host_step_s=host_step_s,
         acceptance=Acceptance(acceptance),
         load=load,
+        noise=noise,
+        kv_host_s=kv_host_s,
+        contention=contention,
     )
     cluster = SimCluster(
         ("client", *names, "cm"),

@@ -94,7 +94,7 @@ def test_every_option_builds_and_runs(group: str, option: str, files: Path, monk
     recorder = Recorder()
     control = build.control_plane(cfg, workload.arrivals, recorder)
     with build.cluster(cfg, files) as cluster:
-        assert isinstance(cluster, RealCluster if option == "real" else SimCluster)
+        assert isinstance(cluster, RealCluster if cfg.backend.name == "real" else SimCluster)
         if isinstance(cluster, SimCluster):
             control.drive(cluster)
             assert set(recorder.outcomes) == {"finished"}
