@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from cluster import events as ev
-from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitRequest
+from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitRequest, SubmitWork
 from cluster.request import Arrival, Trigger
+from cluster.work import WORK, WorkArrival
 
 _NEXT = "next"
 
@@ -38,24 +39,24 @@ class Client:
 
     def __init__(
         self,
-        workload: Iterable[Arrival],
+        workload: Iterable[Arrival | WorkArrival],
         job_executors: tuple[str, ...],
         rng: np.random.Generator,
         closed_loop: bool = False,
         wait_for_fleet: bool = True,
     ) -> None:
-        self._workload: Iterator[Arrival] = iter(workload)
+        self._workload: Iterator[Arrival | WorkArrival] = iter(workload)
         self._job_executors = job_executors
         self._rng = rng
         self._closed_loop = closed_loop
         self._wait_for_fleet = wait_for_fleet
         self._start_ns = 0
-        self._next: Arrival | None = None
+        self._next: Arrival | WorkArrival | None = None
         self._exhausted = False
         self._last_id = -(1 << 63)
-        self._delayed: dict[str, Arrival] = {}
-        self._cued: dict[tuple[str, int], list[Arrival]] = {}
-        self._counted: dict[tuple[str, int], list[Arrival]] = {}
+        self._delayed: dict[str, Arrival | WorkArrival] = {}
+        self._cued: dict[tuple[str, int], list[Arrival | WorkArrival]] = {}
+        self._counted: dict[tuple[str, int], list[Arrival | WorkArrival]] = {}
         self._times = {"first_token": array("q"), "ended": array("q")}
         self._past: dict[tuple[str, int], int] = {}
         self._open: dict[int, str] = {}
@@ -72,9 +73,9 @@ class Client:
                 return self._read_on() if self._wait_for_fleet else []
             case ev.TimerFired():
                 return self._timer(event)
-            case ev.FirstToken():
+            case ev.FirstToken() if event.request_id in self._open:  # of a job's call it is not the client's
                 return self._cue("first_token", event.request_id, event.time)
-            case ev.RequestEnded():
+            case ev.RequestEnded() | ev.WorkEnded():
                 del self._open[event.request_id]
                 del self.due[event.request_id]
                 return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
@@ -93,7 +94,9 @@ class Client:
         arrival = self._delayed.pop(event.name)
         return self._submit(arrival, event.time)
 
-    def _submit(self, arrival: Arrival, due: int) -> list[Action]:
+    def _submit(self, arrival: Arrival | WorkArrival, due: int) -> list[Action]:
+        if isinstance(arrival, WorkArrival):
+            return self._submit_work(arrival, due)
         request = arrival.request
         among = self._job_executors
         chosen = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
@@ -102,6 +105,15 @@ class Client:
         actions: list[Action] = [SubmitRequest(chosen, request, arrival.answer)]
         if arrival.cancel_after_ns is not None:
             actions.append(SetTimer(self.name, f"cancel:{request.request_id}", due + arrival.cancel_after_ns))
+        return actions
+
+    def _submit_work(self, arrival: WorkArrival, due: int) -> list[Action]:
+        number = arrival.request.request_id
+        self._open[number] = WORK
+        self.due[number] = due
+        actions: list[Action] = [SubmitWork(WORK, arrival.request, arrival.answer)]
+        if arrival.cancel_after_ns is not None:
+            actions.append(SetTimer(self.name, f"cancel:{number}", due + arrival.cancel_after_ns))
         return actions
 
     def _read_on(self) -> list[Action]:
@@ -121,7 +133,7 @@ class Client:
         self._exhausted = True
         return [*actions, *self._end_if_done()]
 
-    def _await(self, arrival: Arrival, trigger: Trigger) -> list[Action]:
+    def _await(self, arrival: Arrival | WorkArrival, trigger: Trigger) -> list[Action]:
         if trigger.request_id is not None:
             past = self._past.get((trigger.event, trigger.request_id))
             if past is not None:
@@ -150,7 +162,7 @@ class Client:
                 actions += self._submit(arrival, now)
         return actions
 
-    def _delay(self, arrival: Arrival, at: int) -> SetTimer:
+    def _delay(self, arrival: Arrival | WorkArrival, at: int) -> SetTimer:
         name = f"delayed:{arrival.request.request_id}"
         self._delayed[name] = arrival
         return SetTimer(self.name, name, at)

@@ -9,6 +9,7 @@ from cluster.actions import Action
 from cluster.client import ClientActor
 from cluster.events import Event, FirstToken
 from cluster.job_executor import JobExecutor
+from cluster.jobs.executor import WorkJobExecutor
 from cluster.manager import ClusterManager
 from cluster.metrics import Recorder
 from cluster.seam import Cluster
@@ -43,7 +44,10 @@ class LogHeader(msgspec.Struct, frozen=True):
 
 
 class ControlPlane(Generic[C]):
-    """Client, job executors and cluster manager; the same objects whichever cluster they drive."""
+    """Client, job executors and cluster manager; the same objects whichever cluster they drive.
+
+    `work`: the job executor for work other than serving, where a run has such.
+    """
 
     def __init__(
         self,
@@ -51,12 +55,14 @@ class ControlPlane(Generic[C]):
         job_executors: Sequence[JobExecutor],
         manager: ClusterManager,
         recorder: Recorder,
+        work: WorkJobExecutor | None = None,
     ) -> None:
         self.client = client
         self.job_executors = tuple(job_executors)
         self.manager = manager
         self.recorder = recorder
-        actors: list[Actor] = [client, *job_executors, manager]
+        self.work = work
+        actors: list[Actor] = [client, *job_executors, manager, *([] if work is None else [work])]
         self._actors = {actor.name: actor for actor in actors}
         self._log: IO[bytes] | None = None
         self._encode = msgspec.json.Encoder().encode

@@ -8,7 +8,7 @@ the frontend holds.
 import msgspec
 
 from cluster import events as ev
-from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReleaseKvContext, ReportDemand
+from cluster.actions import AbortTask, Action, DispatchTask, EndCall, EndRequest, ReleaseKvContext, ReportDemand
 from cluster.fleet import Fleet
 from cluster.policy import DispatchPolicy
 from cluster.request import KvSource, Request, Task
@@ -71,6 +71,8 @@ class JobExecutor:
         self._parked: dict[int, Job] = {}
         self._demand: dict[str, int] = {}
         self._no_capacity: dict[str, str] = {}
+        self._callers: dict[int, str] = {}
+        """Who made a request that is a job's LLM call."""
 
     def on_event(self, event: ev.Event) -> list[Action]:
         """The actions this event calls for."""
@@ -98,6 +100,9 @@ class JobExecutor:
                 return self._announced(event)
             case ev.NoCapacity():
                 return self._give_up(event)
+            case ev.CallArrived():
+                self._callers[event.request.request_id] = event.caller
+                return self._arrived(event)
             case _:
                 return []
 
@@ -108,7 +113,7 @@ class JobExecutor:
 
     # -- the life of a job ----------------------------------------------------------------------------------------
 
-    def _arrived(self, event: ev.RequestArrived) -> list[Action]:
+    def _arrived(self, event: ev.RequestArrived | ev.CallArrived) -> list[Action]:
         job = Job(event.request, event.occurred)
         self._jobs[event.request.request_id] = job
         return self._place(job, event.time)
@@ -208,8 +213,15 @@ class JobExecutor:
         return [AbortTask(job.executor, job.task.task_id)]
 
     def _end(self, job: Job, outcome: Outcome, reason: str = "") -> list[Action]:
-        del self._jobs[job.request.request_id]
-        return [*self._release_context(job.request), EndRequest(job.request.request_id, outcome, job.generated, reason)]
+        number = job.request.request_id
+        del self._jobs[number]
+        caller = self._callers.pop(number, None) if self._callers else None
+        end = (
+            EndRequest(number, outcome, job.generated, reason)
+            if caller is None
+            else EndCall(caller, number, outcome, job.generated, reason)
+        )
+        return [*self._release_context(job.request), end]
 
     def _release_context(self, request: Request) -> list[Action]:
         """Wherever an explicitly cached context may lie: any executor may have served a request that named it."""

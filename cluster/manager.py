@@ -19,7 +19,8 @@ from cluster.actions import (
     SwitchRole,
 )
 from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
-from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, to_ns
+from cluster.vocabulary import WORKERS, ExecutorSpec, ExecutorState, Role, to_ns
+from cluster.work import WORK
 
 
 class GroupPlan(msgspec.Struct, frozen=True):
@@ -56,7 +57,8 @@ class ClusterManager:
     """Drives every TE group to the size its scaling policy asks for.
 
     `max_launch_failures`: launches of a group that may fail in a row before it gives up and says so; a
-    failure that another launch would meet again is enough by itself.
+    failure that another launch would meet again is enough by itself. Workers are announced to the job executor for work
+    other than serving, all others to `job_executors`.
     """
 
     name = "cm"
@@ -162,17 +164,21 @@ class ClusterManager:
             for number, group in enumerate(self._groups)
             if group.spec.model == model and (group.spec in specs or self._failures[number] < self._max_launch_failures)
         }
-        if Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles:
+        if Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles or roles & {*WORKERS}:
             return []
         reason = self._reasons.get(model, "no group of executors serves it")
         said = f"no executor for {model} could be launched: {reason}"
-        return [DeclareNoCapacity(name, model, said) for name in self._job_executors]
+        # A group of workers is called like its role.
+        return [DeclareNoCapacity(name, model, said) for name in self._told_of(model in WORKERS)]
+
+    def _told_of(self, workers: bool) -> tuple[str, ...]:
+        return (WORK,) if workers else self._job_executors
 
     def _announce(self, executor: _Executor, state: ExecutorState) -> list[Action]:
         executor.state = state
         return [
             AnnounceExecutor(name, executor.name, executor.spec, state, executor.kv_blocks, executor.max_sequences)
-            for name in self._job_executors
+            for name in self._told_of(executor.spec.role in WORKERS)
         ]
 
     # -- size -----------------------------------------------------------------------------------------------------

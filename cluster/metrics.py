@@ -23,7 +23,7 @@ import numpy.typing as npt
 from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
 from cluster.client import ClientActor
-from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome
+from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome, Role
 
 Floats = npt.NDArray[np.float64]
 NONE = -1
@@ -122,10 +122,11 @@ class Recorder:
         match event:
             case ev.TimerFired() | ev.TaskProgress():
                 pass
-            case ev.RequestArrived():
+            case ev.RequestArrived() | ev.CallArrived():
                 request = event.request
                 self._live[request.request_id] = _Live(event.occurred, request.prompt_tokens)
-                self._lags[request.request_id] = event.occurred - client.due[request.request_id]
+                # A job is never late with its calls.
+                self._lags[request.request_id] = event.occurred - client.due.get(request.request_id, event.occurred)
             case ev.FirstToken():
                 live = self._live.get(event.request_id)
                 if live is not None and live.first == NONE:
@@ -136,7 +137,7 @@ class Recorder:
                 if (live := self._live.get(event.request_id)) is not None:
                     live.attempts += 1
                     live.gap_end = NONE  # when the lost executor's last token came is not known here
-            case ev.RequestEnded():
+            case ev.RequestEnded() | ev.CallEnded():
                 self._ended(event)
             case ev.LoadReport() if event.to == "cm":
                 self.loads.append(event)
@@ -182,7 +183,7 @@ class Recorder:
         live.gaps.extend(gaps)
         live.gap_end = event.last_token_ns
 
-    def _ended(self, event: ev.RequestEnded) -> None:
+    def _ended(self, event: ev.RequestEnded | ev.CallEnded) -> None:
         self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
 
     def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
@@ -215,10 +216,12 @@ class Recorder:
             self._append(request_id, live, "unfinished", "the run ended first", 0)
         self._live.clear()
 
-    def npu_seconds(self) -> float:
-        """NPUs times seconds held, from launch to retirement (or to the end of the run)."""
+    def npu_seconds(self, role: Role | None = None) -> float:
+        """NPUs times seconds held, from launch to retirement (or to the end of the run), by executors of this role."""
         held = 0
         for name, (launched, until) in self._held.items():
+            if role is not None and self._specs[name].role is not role:
+                continue
             held += self._specs[name].npus * ((self.end_ns if until == NONE else until) - launched)
         return held / NS_PER_S
 

@@ -14,21 +14,27 @@ from cluster.actions import (
     AbortTask,
     Action,
     DispatchTask,
+    DispatchWork,
     DrainExecutor,
+    EndCall,
     EndRequest,
     EndRun,
+    EndWork,
     LaunchExecutor,
     ReleaseKvContext,
     RetireExecutor,
     SetTimer,
+    SubmitCall,
     SubmitRequest,
+    SubmitWork,
     SwitchRole,
 )
 from cluster.latency import LatencyModel
 from cluster.relay import relayed
 from cluster.request import Answer, Task
 from cluster.seam import Cluster
-from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
+from cluster.work import WORK, OperationTime, Secrets, WorkTask
 from flowserve.core import messages
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TransferTime
 from flowserve.core.messages import (
@@ -50,8 +56,10 @@ from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
+from flowserve.core.worker import Worker
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
+from sim.worker import SimWorker
 
 NEVER = float("inf")
 
@@ -94,6 +102,14 @@ class Node(msgspec.Struct, frozen=True):
         return self.engine.block_tokens * self.kv_bytes_per_token
 
 
+class WorkNode(msgspec.Struct, frozen=True):
+    """What stands behind one kind of worker: how many tasks run side by side, how long each takes, start-up stages."""
+
+    slots: int
+    time: OperationTime
+    stages: Sequence[tuple[Stage, int]] = ()
+
+
 class Failure(msgspec.Struct, frozen=True):
     """Kill an executor at a time: a fault to inject."""
 
@@ -121,7 +137,7 @@ class SimCluster(Cluster):
     def __init__(
         self,
         actors: Sequence[str],
-        node_for: Callable[[ExecutorSpec], Node],
+        node_for: Callable[[ExecutorSpec], Node | WorkNode],
         report_period_s: float = 1.0,
         delays: Delays | None = None,
         failures: Sequence[Failure] = (),
@@ -134,14 +150,18 @@ class SimCluster(Cluster):
         self.env = simpy.Environment()
         self.executors: dict[str, SimExecutor] = {}
         self._node_for = node_for
-        self._report_to = tuple(actor for actor in actors if actor != "client")
+        self.workers: dict[str, SimWorker] = {}
+        self._report_to = tuple(actor for actor in actors if actor not in ("client", WORK))
         self._report_period_ns = to_ns(report_period_s)
         delays = delays or Delays()
         self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
         self._decision_ns, self._peer_ns = to_ns(delays.decision_s), to_ns(delays.peer_s)
         self._coalesce = coalesce
         self._answers: dict[int, Answer] = {}
+        self._secrets = Secrets()
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
+        self._work_nodes: dict[str, WorkNode] = {}
+        self._work_tasks: dict[str, dict[int, tuple[str, WorkTask]]] = {}
         self._nodes: dict[str, Node] = {}
         self._links: dict[str, Link] = {}
         self._tier_links: dict[str, TierLinks] = {}
@@ -179,6 +199,7 @@ class SimCluster(Cluster):
 
     def close(self) -> None:
         self.executors.clear()
+        self.workers.clear()
         self._launching.clear()
         self._ended = True
 
@@ -244,6 +265,7 @@ class SimCluster(Cluster):
 
     def _launch(self, action: LaunchExecutor) -> Any:
         node = self._node_for(action.spec)
+        assert isinstance(node, WorkNode) == (action.spec.role in WORKERS)
         for stage, took in node.stages:
             yield self.env.timeout(took)
             if action.executor not in self._launching:
@@ -253,6 +275,9 @@ class SimCluster(Cluster):
                 ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
             )
         self._launching.discard(action.executor)
+        if isinstance(node, WorkNode):
+            self._employ(action, node)
+            return
         latency, fetch_cost = node.latency(), None
         if node.tiers is not None and node.engine.tiers.blocks:
             links = self._tier_links[action.executor] = node.tiers()
@@ -297,6 +322,82 @@ class SimCluster(Cluster):
         busy = sum(bool(each.shell.core.in_flight) for other, each in self.executors.items() if other != name)
         return 1 + contention * busy
 
+    # -- work other than serving ----------------------------------------------------------------------------------
+
+    def _submit_work(self, action: SubmitWork) -> None:
+        self._secrets.add(action.request, action.truth)
+        self._relay(action)
+
+    def _submit_call(self, action: SubmitCall) -> None:
+        request = action.request
+        self._answers[request.request_id] = self._secrets.answer(action.work, action.step, request)
+        self._relay(action)
+
+    def _end_call(self, action: EndCall) -> None:
+        del self._answers[action.request_id]
+        self._relay(action)
+
+    def _end_work(self, action: EndWork) -> None:
+        self._secrets.forget(action.request_id)
+        self._relay(action)
+
+    def _employ(self, action: LaunchExecutor, node: WorkNode) -> None:
+        """A worker is up."""
+        name, now = action.executor, self.now()
+        worker = Worker(name, action.spec, node.slots, ("cm",), self._report_period_ns)
+        self._work_nodes[name], self._work_tasks[name] = node, {}
+        self.workers[name] = SimWorker(self.env, worker, partial(self._deliver_work, name))
+        self._emit(
+            ev.ExecutorReady(
+                to="cm",
+                time=now,
+                occurred=now,
+                executor=name,
+                spec=action.spec,
+                kv_blocks=0,
+                block_tokens=0,
+                max_sequences=node.slots,
+            )
+        )
+
+    def _dispatch_work(self, action: DispatchWork) -> None:
+        name, task = action.executor, action.task
+        worker = self.workers.get(name)
+        if worker is None:
+            self._lose_work(name, action.job_executor, task)
+            return
+        self._work_tasks[name][task.task_id] = (action.job_executor, task)
+        took = self._secrets.duration_ns(task, worker.worker.shell.spec, self._work_nodes[name].time)
+        self._send(name, messages.DispatchWork(action.job_executor, task, took), self._dispatch_ns)
+
+    def _deliver_work(self, name: str, outbox: Outbox) -> None:
+        for event in outbox.events:
+            if isinstance(event, ev.WorkFinished | ev.WorkFailed | ev.WorkAborted):
+                self._work_tasks[name].pop(event.task_id, None)
+            self._emit(event, self._event_ns)
+
+    def _dismiss(self, name: str) -> None:
+        """A worker is gone, and with it its tasks."""
+        worker = self.workers.pop(name, None)
+        if worker is not None:
+            worker.kill()
+            for job_executor, task in self._work_tasks.pop(name).values():
+                self._lose_work(name, job_executor, task)
+
+    def _lose_work(self, executor: str, job_executor: str, task: WorkTask) -> None:
+        now = self.now()
+        self._emit(
+            ev.WorkFailed(
+                to=job_executor,
+                time=now,
+                occurred=now,
+                request_id=task.request_id,
+                task_id=task.task_id,
+                executor=executor,
+                reason=FailureReason.EXECUTOR_LOST,
+            )
+        )
+
     # -- failures -------------------------------------------------------------------------------------------------
 
     def kill(self, executor: str) -> None:
@@ -308,12 +409,13 @@ class SimCluster(Cluster):
         self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=executor, reason="killed"))
 
     def _has(self, name: str) -> bool:
-        return name in self.executors or name in self._launching
+        return name in self.executors or name in self.workers or name in self._launching
 
     def _stop(self, name: str) -> None:
         self._launching.discard(name)
         executor = self.executors.pop(name, None)
         if executor is None:
+            self._dismiss(name)
             return
         executor.kill()
         for task_id, (job_executor, task) in self._tasks.pop(name).items():
@@ -378,7 +480,7 @@ class SimCluster(Cluster):
 
     def _send(self, name: str, message: Message, delay: int) -> None:
         def arrive() -> None:
-            executor = self.executors.get(name)
+            executor = self.executors.get(name) or self.workers.get(name)
             if executor is not None:
                 executor.receive(message)
 
@@ -408,5 +510,10 @@ _PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {
     ReleaseKvContext: SimCluster._release_context,
     RetireExecutor: SimCluster._retire,
     EndRun: SimCluster._end,
+    SubmitWork: SimCluster._submit_work,
+    SubmitCall: SimCluster._submit_call,
+    EndCall: SimCluster._end_call,
+    DispatchWork: SimCluster._dispatch_work,
+    EndWork: SimCluster._end_work,
 }
 """What executors or timers have to act on; everything else is relayed."""
