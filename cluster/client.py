@@ -12,8 +12,8 @@ import numpy as np
 
 from cluster import events as ev
 from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitRequest, SubmitWork
-from cluster.request import Arrival, Trigger
-from cluster.work import WORK, WorkArrival
+from cluster.request import Trigger
+from cluster.work import WORK, AnyArrival, WorkArrival
 
 _NEXT = "next"
 
@@ -32,31 +32,34 @@ class Client:
 
     Times in the workload count from the start: with `wait_for_fleet` that is when the first executors are ready, so
     that a run measures serving and not the start of its first executors. `closed_loop`: the workload has triggers
-    that name requests, so the ends of all requests are remembered.
+    that name requests, so the ends of all requests are remembered. `takes_work`: the run has a job executor for work
+    other than serving.
     """
 
     name = "client"
 
     def __init__(
         self,
-        workload: Iterable[Arrival | WorkArrival],
+        workload: Iterable[AnyArrival],
         job_executors: tuple[str, ...],
         rng: np.random.Generator,
         closed_loop: bool = False,
         wait_for_fleet: bool = True,
+        takes_work: bool = True,
     ) -> None:
-        self._workload: Iterator[Arrival | WorkArrival] = iter(workload)
+        self._workload: Iterator[AnyArrival] = iter(workload)
         self._job_executors = job_executors
         self._rng = rng
         self._closed_loop = closed_loop
         self._wait_for_fleet = wait_for_fleet
+        self._takes_work = takes_work
         self._start_ns = 0
-        self._next: Arrival | WorkArrival | None = None
+        self._next: AnyArrival | None = None
         self._exhausted = False
         self._last_id = -(1 << 63)
-        self._delayed: dict[str, Arrival | WorkArrival] = {}
-        self._cued: dict[tuple[str, int], list[Arrival | WorkArrival]] = {}
-        self._counted: dict[tuple[str, int], list[Arrival | WorkArrival]] = {}
+        self._delayed: dict[str, AnyArrival] = {}
+        self._cued: dict[tuple[str, int], list[AnyArrival]] = {}
+        self._counted: dict[tuple[str, int], list[AnyArrival]] = {}
         self._times = {"first_token": array("q"), "ended": array("q")}
         self._past: dict[tuple[str, int], int] = {}
         self._open: dict[int, str] = {}
@@ -94,7 +97,7 @@ class Client:
         arrival = self._delayed.pop(event.name)
         return self._submit(arrival, event.time)
 
-    def _submit(self, arrival: Arrival | WorkArrival, due: int) -> list[Action]:
+    def _submit(self, arrival: AnyArrival, due: int) -> list[Action]:
         if isinstance(arrival, WorkArrival):
             return self._submit_work(arrival, due)
         request = arrival.request
@@ -109,6 +112,11 @@ class Client:
 
     def _submit_work(self, arrival: WorkArrival, due: int) -> list[Action]:
         number = arrival.request.request_id
+        if not self._takes_work:
+            raise ValueError(
+                f"request {number} of the workload asks for {type(arrival.request.work).__name__}, but nothing "
+                "here runs that: give fleet.groups executors of role cpu (tools, preprocessing) and training"
+            )
         self._open[number] = WORK
         self.due[number] = due
         actions: list[Action] = [SubmitWork(WORK, arrival.request, arrival.answer)]
@@ -133,7 +141,7 @@ class Client:
         self._exhausted = True
         return [*actions, *self._end_if_done()]
 
-    def _await(self, arrival: Arrival | WorkArrival, trigger: Trigger) -> list[Action]:
+    def _await(self, arrival: AnyArrival, trigger: Trigger) -> list[Action]:
         if trigger.request_id is not None:
             past = self._past.get((trigger.event, trigger.request_id))
             if past is not None:
@@ -162,7 +170,7 @@ class Client:
                 actions += self._submit(arrival, now)
         return actions
 
-    def _delay(self, arrival: Arrival | WorkArrival, at: int) -> SetTimer:
+    def _delay(self, arrival: AnyArrival, at: int) -> SetTimer:
         name = f"delayed:{arrival.request.request_id}"
         self._delayed[name] = arrival
         return SetTimer(self.name, name, at)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from cluster.request import Answer, Request, Trigger
+from cluster.request import Answer, Arrival, Request, Trigger
 from cluster.vocabulary import BLOCK_TOKENS, ExecutorSpec, Role
 
 WORK = "je-work"
@@ -151,6 +151,9 @@ class WorkArrival(msgspec.Struct, frozen=True):
                 f"request {self.request.request_id} has {wanted} steps and the lengths {self.answer.lengths}: needed "
                 "is one length of 0 or more for each"
             )
+
+
+AnyArrival = Arrival | WorkArrival
 
 
 def calls_and_tools(request: WorkRequest) -> tuple[Step, ...]:

@@ -12,13 +12,14 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.job_executor import JobExecutor
+from cluster.jobs.executor import WorkJobExecutor
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.metrics import Recorder, Slo, Window
 from cluster.policy import DispatchPolicy, ScalingPolicy
-from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream
-from cluster.vocabulary import ExecutorSpec, Role
+from cluster.vocabulary import WORKERS, ExecutorSpec, Role, Stage
+from cluster.work import WORK, AnyArrival, OperationTime
 from experiments.config import CONF, build, plain, typed
 from flowserve.core.record import StepSpan, read_turns, spans
 from flowserve.core.scheduler import EngineConfig
@@ -60,11 +61,15 @@ DRAWING = (
 
 
 class GroupConfig(msgspec.Struct, frozen=True):
-    """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's."""
+    """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's.
+
+    `npus`: of each executor, by default 1, and none of a CPU worker. `slots`: of each CPU worker, tasks side by side.
+    """
 
     role: Role
     executors: int
-    npus: int = 1
+    npus: int | None = None
+    slots: int = 1
     minimum: int = 0
     maximum: int = 64
     hardware: str = ""
@@ -152,7 +157,7 @@ def check_types(cfg: DictConfig) -> None:
 class Workload(NamedTuple):
     """Arrivals, and where they come from, for the report."""
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     source: str
     stand_in: bool
 
@@ -197,16 +202,22 @@ def model_name(cfg: DictConfig) -> str:
 def workload(cfg: DictConfig) -> Workload:
     """The configured trace, cut and scaled; its fitted stand-in where no file is found, which `source` then says."""
     from traces.catalog import find
+    from traces.merge import Merge
     from traces.synthetic import SyntheticTrace
     from traces.transforms import ClipLengths, LengthScale, Limit, RateScale, TimeWindow
 
     trace, model = cfg.trace, model_name(cfg)
+    sources = job_sources(cfg, model)
+    if trace.reader is None and trace.stand_in is None:
+        if not sources:
+            raise ValueError("the run has no requests: give it a trace or jobs, e.g. trace=azure2023_conv jobs=agents")
+        return Workload(Merge(sources), "jobs only", False)
     stand_in = trace.reader is None or (
         trace.stand_in is not None
         and not Path(str(trace.reader.path)).is_file()
         and find(str(trace.reader.path)) is None
     )
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     if stand_in:
         span_s = (trace.start_s + (trace.duration_s or 600.0)) * max(trace.rate, 1e-9)
         arrivals = SyntheticTrace(trace.stand_in, trace.stand_in_rate, span_s, model, cfg.seed, trace.max_tokens)
@@ -228,7 +239,17 @@ def workload(cfg: DictConfig) -> Workload:
         arrivals = ClipLengths(arrivals, trace.max_prompt_tokens, trace.max_output_tokens)
     if trace.limit is not None:
         arrivals = Limit(arrivals, trace.limit)
+    if sources:
+        arrivals = Merge([arrivals, *sources])
     return Workload(arrivals, source, stand_in and trace.reader is not None)
+
+
+def job_sources(cfg: DictConfig, model: str) -> list[Iterable[AnyArrival]]:
+    """The workloads of `jobs`: work other than serving, beside the trace."""
+    return [
+        build(source, f"jobs.sources[{number}]", model=model, seed=cfg.seed)
+        for number, source in enumerate(cfg.jobs.sources)
+    ]
 
 
 def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
@@ -242,26 +263,51 @@ def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
     plans: list[GroupPlan] = []
     for number, node in enumerate(cfg.fleet.groups):
         group = typed(node, GroupConfig, f"fleet.groups[{number}]")
-        if group.npus < 1:
-            raise ValueError(f"fleet.groups[{number}].npus is {group.npus}: an executor takes at least one")
+        npus = group.npus if group.npus is not None else int(group.role is not Role.CPU)
+        if group.role is Role.CPU and npus:
+            raise ValueError(f"fleet.groups[{number}].npus is {npus}: workers of role cpu take none, leave it out")
+        if group.role is not Role.CPU and npus < 1:
+            raise ValueError(f"fleet.groups[{number}].npus is {npus}: an executor takes at least one")
+        if group.slots < 1 or (group.slots > 1 and group.role is not Role.CPU):
+            raise ValueError(
+                f"fleet.groups[{number}].slots is {group.slots}: allowed are 1 and more for role cpu, and 1 for others"
+            )
         if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
             raise ValueError(
                 f"fleet.groups[{number}] has zero executors and scaling never adds one: set executors to 1 or more"
             )
-        spec = ExecutorSpec(model_name(cfg), group.role, group.npus, group.hardware)
+        serves = str(group.role) if group.role in WORKERS else model_name(cfg)
+        spec = ExecutorSpec(serves, group.role, npus, group.hardware)
         if any(spec == plan.spec for plan in plans):
             raise ValueError(f"fleet.groups[{number}] is another group of {group.role} executors: make them one")
         plans.append(GroupPlan(spec, group.executors, group.minimum, group.maximum))
-    roles = {plan.spec.role for plan in plans}
+    roles = {plan.spec.role for plan in plans} - {*WORKERS}
     if plans and roles not in ROLES_THAT_SERVE:
         raise ValueError(
-            f"fleet.groups has only {' and '.join(sorted(roles))} executors, which cannot finish a request: needed are "
-            "colocated ones, or prefill and decode together"
+            f"fleet.groups has only {' and '.join(sorted(roles)) or 'other'} executors, which cannot finish a "
+            "request: needed are colocated ones, or prefill and decode together"
         )
     return tuple(plans)
 
 
-def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane[Client]:
+def worker_roles(cfg: DictConfig) -> tuple[Role, ...]:
+    """Roles of the workers that `fleet` has."""
+    present = {plan.spec.role for plan in groups(cfg)}
+    return tuple(role for role in WORKERS if role in present)
+
+
+def runs_work(cfg: DictConfig) -> bool:
+    """Whether the run has a job executor for work other than serving."""
+    return bool(worker_roles(cfg) or cfg.jobs.sources)
+
+
+def worker_slots(cfg: DictConfig, spec: ExecutorSpec) -> int:
+    """Tasks that a worker runs side by side."""
+    configured = zip(groups(cfg), cfg.fleet.groups, strict=True)
+    return next(int(node.get("slots", 1)) for plan, node in configured if plan.spec == spec)
+
+
+def control_plane(cfg: DictConfig, arrivals: Iterable[AnyArrival], recorder: Recorder) -> ControlPlane[Client]:
     """Client, job executors (each with a policy object of its own) and cluster manager."""
     names = job_executor_names(cfg)
     job_executors = []
@@ -273,8 +319,11 @@ def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Record
     scaling = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
     if not isinstance(scaling, ScalingPolicy):
         raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
-    client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
-    return ControlPlane(client, job_executors, ClusterManager(groups(cfg), scaling, names), recorder)
+    work = WorkJobExecutor(names, worker_roles(cfg), cfg.max_attempts) if runs_work(cfg) else None
+    closed_loop = cfg.trace.closed_loop or bool(cfg.jobs.sources)
+    rng = stream(cfg.seed, "client")
+    client = Client(arrivals, names, rng, closed_loop, cfg.start_when_ready, work is not None)
+    return ControlPlane(client, job_executors, ClusterManager(groups(cfg), scaling, names), recorder, work)
 
 
 def objectives(cfg: DictConfig) -> tuple[Slo, Window]:
@@ -317,7 +366,7 @@ def engine_policy(node: dict[str, Any], kind: type, where: str) -> PolicySpec:
 
 def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
     """The configured backend. `folder`: where real engines write their logs."""
-    actors = ["client", *job_executor_names(cfg), "cm"]
+    actors = ["client", *job_executor_names(cfg), "cm", *([WORK] if runs_work(cfg) else [])]
     if cfg.backend.name == "sim":
         return sim_cluster(cfg, actors)
     return real_cluster(cfg, actors, folder)
@@ -325,16 +374,18 @@ def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
 
 def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
-    from sim.cluster import Node
+    from sim.cluster import Node, WorkNode
     from sim.coldstart import ColdStart
     from sim.link import Link, TierLinks
 
     shape = model_shape(cfg)
     stages = typed(cfg.coldstart, ColdStart, "coldstart").stages(shape.weight_bytes)
-    nodes: dict[ExecutorSpec, Node] = {}
+    nodes: dict[ExecutorSpec, Node | WorkNode] = {}
 
-    def node_for(spec: ExecutorSpec) -> Node:
-        if spec not in nodes:
+    def node_for(spec: ExecutorSpec) -> Node | WorkNode:
+        if spec not in nodes and spec.role in WORKERS:
+            nodes[spec] = WorkNode(worker_slots(cfg, spec), work_times(cfg, spec), worker_stages(cfg, spec))
+        elif spec not in nodes:
             hardware = hardware_of(cfg, spec)
             model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
             engine = engine_config(cfg, spec)
@@ -360,6 +411,23 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     for group in groups(cfg):
         node_for(group.spec)  # a model that does not fit is an error now, not in the middle of the run
     return node_for
+
+
+def work_times(cfg: DictConfig, spec: ExecutorSpec) -> OperationTime:
+    """How long tasks other than tools take on a worker. Jobs train the run's model."""
+    from sim.training import WorkTimes
+
+    shape = model_shape(cfg)
+    return WorkTimes(hardware_of(cfg, spec), {shape.name: shape}.__getitem__)
+
+
+def worker_stages(cfg: DictConfig, spec: ExecutorSpec) -> list[tuple[Stage, int]]:
+    """Start-up stages of a worker: those of a serving executor without weights, on a CPU without an NPU to set up."""
+    from sim.coldstart import ColdStart
+
+    cold = typed(cfg.coldstart, ColdStart, "coldstart")
+    cold = msgspec.structs.replace(cold, load_setup_s=0.0, te_post_load_s=0.0)
+    return (msgspec.structs.replace(cold, te_pre_load_s=0.0) if spec.role is Role.CPU else cold).stages(0)
 
 
 def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:

@@ -366,8 +366,12 @@ class SimCluster(Cluster):
         if worker is None:
             self._lose_work(name, action.job_executor, task)
             return
+        try:
+            took = self._secrets.duration_ns(task, worker.worker.shell.spec, self._work_nodes[name].time)
+        except ValueError as error:
+            self._lose_work(name, action.job_executor, task, FailureReason.INVALID, str(error))
+            return
         self._work_tasks[name][task.task_id] = (action.job_executor, task)
-        took = self._secrets.duration_ns(task, worker.worker.shell.spec, self._work_nodes[name].time)
         self._send(name, messages.DispatchWork(action.job_executor, task, took), self._dispatch_ns)
 
     def _deliver_work(self, name: str, outbox: Outbox) -> None:
@@ -384,7 +388,14 @@ class SimCluster(Cluster):
             for job_executor, task in self._work_tasks.pop(name).values():
                 self._lose_work(name, job_executor, task)
 
-    def _lose_work(self, executor: str, job_executor: str, task: WorkTask) -> None:
+    def _lose_work(
+        self,
+        executor: str,
+        job_executor: str,
+        task: WorkTask,
+        reason: FailureReason = FailureReason.EXECUTOR_LOST,
+        detail: str = "",
+    ) -> None:
         now = self.now()
         self._emit(
             ev.WorkFailed(
@@ -394,7 +405,8 @@ class SimCluster(Cluster):
                 request_id=task.request_id,
                 task_id=task.task_id,
                 executor=executor,
-                reason=FailureReason.EXECUTOR_LOST,
+                reason=reason,
+                detail=detail,
             )
         )
 

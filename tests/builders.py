@@ -112,7 +112,7 @@ def make_agent(
     cancel_after_s: float | None = None,
     priority: int = 0,
 ) -> WorkArrival:
-    """An agent's turn of rounds: (prompt, output) tokens of a call, or seconds of a tool; `ids`: of its only context."""
+    """An agent's turn of rounds: (prompt, output) tokens of a call, or seconds of a tool; `ids`: of its context."""
     steps: list[tuple[Step, ...]] = []
     lengths: list[int] = []
     for each in rounds:

@@ -1,4 +1,4 @@
-"""Which jobs a request becomes. A new kind of work has its struct in `cluster/work.py`, and its jobs a file each here."""
+"""Which jobs a request becomes. A new kind of work: a struct in `cluster/work.py`, its jobs here, a file each."""
 
 from cluster.jobs.agent import AgentLoop
 from cluster.jobs.evaluate import Evaluate
