@@ -5,6 +5,7 @@
 | requests.parquet | request | deepflow-requests/1 |
 | executors.parquet | load report | deepflow-executors/1 |
 | scaling.parquet | step in the life of an executor | deepflow-scaling/1 |
+| jobs.parquet | job other than serving, where a run has such | deepflow-jobs/1 |
 | timeline.json | span, for ui.perfetto.dev | deepflow-timeline/1 |
 | summary.json | metric, and what the run rests on | deepflow-summary/1 |
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from cluster.jobs.record import JobRecorder, JobRow
 from cluster.metrics import NONE, Recorder, RequestTable, Slo, Window
 from cluster.vocabulary import NS_PER_S, Outcome, Stage
 from flowserve.core.record import StepSpan
@@ -33,6 +35,7 @@ SCHEMAS = {
     "requests.parquet": "deepflow-requests/1",
     "executors.parquet": "deepflow-executors/1",
     "scaling.parquet": "deepflow-scaling/1",
+    "jobs.parquet": "deepflow-jobs/1",
     "summary.json": "deepflow-summary/1",
     "timeline.json": "deepflow-timeline/1",
 }
@@ -64,6 +67,7 @@ def write_run(
     slo: Slo,
     window: Window,
     steps: Iterable[StepSpan] = (),
+    jobs: JobRecorder | None = None,
 ) -> None:
     """Write all files of a finished run. `summary`: the metrics, as `cluster.metrics.summarise` gives them. `steps`: of
     the engines, in order of each, for the timeline.
@@ -79,6 +83,8 @@ def write_run(
     _write_table(folder / "requests.parquet", _request_columns(recorder, slo, window))
     _write_table(folder / "executors.parquet", _executor_columns(recorder))
     _write_table(folder / "scaling.parquet", _scaling_columns(recorder))
+    if jobs is not None and jobs.rows:
+        _write_table(folder / "jobs.parquet", _job_columns(jobs))
     _write_timeline(folder / "timeline.json", recorder, steps)
     _write_json(
         folder / "summary.json",
@@ -138,6 +144,17 @@ def read_scaling(folder: Path) -> "pd.DataFrame":
     has switched to; `took_s`: of a stage, else 0.
     """
     return _read_table(folder / "scaling.parquet")
+
+
+def read_jobs(folder: Path) -> "pd.DataFrame":
+    """One row per job other than serving, in order of their start. ValueError: no such file, or one of another schema.
+
+    `request_id`: of the request it belongs to, the same for the jobs of one fine-tuning; `kind`: agent, preprocess,
+    train or evaluate; `started_s`, `jct_s` (none where it did not end); `waited_s`, `ran_s`: of its tasks, added up; `npu_s`:
+    NPUs times the time its tasks ran; `tokens`, `steps`: of training and preprocessing; `calls` of the LLM and
+    `generated_tokens` of their answers.
+    """
+    return _read_table(folder / "jobs.parquet")
 
 
 def _existing(path: Path) -> Path:
@@ -222,6 +239,33 @@ def _scaling_columns(recorder: Recorder) -> dict[str, Any]:
         "executor": [executor for _, executor, _, _ in steps],
         "what": [what for _, _, what, _ in steps],
         "took_s": np.array([took for _, _, _, took in steps], np.int64) / NS_PER_S,
+    }
+
+
+def _job_columns(jobs: JobRecorder) -> dict[str, Any]:
+    rows = jobs.rows
+
+    def column(name: str) -> Any:
+        return np.fromiter((getattr(row, name) for row in rows), np.int64, len(rows))
+
+    def seconds(name: str) -> Any:
+        return column(name) / NS_PER_S
+
+    def took(row: JobRow) -> float:
+        return math.nan if row.ended_ns is None else (row.ended_ns - row.started_ns) / NS_PER_S
+
+    texts = {name: [getattr(row, name) for row in rows] for name in ("kind", "tenant", "outcome", "reason")}
+    counts = ("calls", "tasks", "failed_tasks", "tokens", "steps", "generated_tokens")
+    return {
+        "request_id": column("request_id"),
+        **texts,
+        "arrived_s": seconds("arrived_ns"),
+        "started_s": seconds("started_ns"),
+        "jct_s": np.array([took(row) for row in rows]),
+        "waited_s": seconds("waited_ns"),
+        "ran_s": seconds("ran_ns"),
+        "npu_s": seconds("npu_ns"),
+        **{name: column(name) for name in counts},
     }
 
 

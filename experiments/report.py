@@ -38,6 +38,7 @@ from experiments.tables import (
     count,
     duration,
     error_text,
+    job_lines,
     round_duration,
     share,
     three_digits,
@@ -100,6 +101,7 @@ def write_report(path: Path, title: str, runs: Sequence[ReportRun], comparison: 
         _head(title, loaded),
         _alerts(loaded, unread),
         _main_metrics(loaded),
+        _jobs(loaded),
         _differences(loaded),
         _errors([row for row in comparison if row.reference is not None]),
         _attainment(loaded),
@@ -306,6 +308,12 @@ def _main_metrics(runs: Sequence[Run]) -> str:
     head = ["Run", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
     note = "Best of each column in bold." if best else ""
     return _section("Results", _table(head, body), note)
+
+
+def _jobs(runs: Sequence[Run]) -> str:
+    """Jobs other than serving, where there were any."""
+    rows = [(_named(run, runs), _text(line)) for run in runs for line in job_lines(run.summary.metrics)]
+    return _section("Jobs other than serving", _table(("run", "jobs"), rows)) if rows else ""
 
 
 def _tiles(run: Run) -> str:

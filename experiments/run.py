@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cluster.client import Client
 from cluster.control import ControlPlane
+from cluster.jobs.metrics import summarise_jobs
+from cluster.jobs.record import JobRecorder
 from cluster.metrics import Recorder, summarise
 from cluster.seam import Cluster
 from experiments import build
@@ -24,7 +26,7 @@ _TICK = 512
 class RunResult(NamedTuple):
     """What a run leaves: its folder, the metrics by name (times in seconds), the records behind them.
 
-    `source`: where the workload is from, a stand-in said to be one.
+    `source`: where the workload is from, a stand-in said to be one. `jobs`: records of jobs other than serving.
     """
 
     folder: Path
@@ -32,6 +34,7 @@ class RunResult(NamedTuple):
     recorder: Recorder
     interrupted: bool
     source: str
+    jobs: JobRecorder
 
 
 def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -> RunResult:
@@ -55,16 +58,18 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -
         interrupted = drive(control, cluster, stack.enter_context(bar), cfg.backend.name == "sim")
         wall_s = time.monotonic() - started
     recorder.censor()
-    if not len(recorder.outcomes):
+    jobs = control.work.recorder if control.work is not None else JobRecorder()
+    if not len(recorder.outcomes) and not jobs.rows:
         if interrupted:
             raise KeyboardInterrupt  # before the first request: there is nothing to write
         raise ValueError("no request arrived: the trace is empty, or every arrival waits for one that never comes")
-    summary = summarise(recorder, slo, window)
+    summary = summarise(recorder, slo, window) | summarise_jobs(jobs, recorder)
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    _write(folder, cfg, recorder, summary, workload, slo, window, build.steps(cluster, folder), build.notes(cluster))
-    return RunResult(folder, summary, recorder, interrupted, workload.source)
+    steps, notes = build.steps(cluster, folder), build.notes(cluster)
+    _write(folder, cfg, recorder, summary, workload, slo, window, steps, notes, jobs)
+    return RunResult(folder, summary, recorder, interrupted, workload.source, jobs)
 
 
 def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
@@ -101,10 +106,11 @@ def _write(
     window: Any,
     steps: Iterable[StepSpan],
     notes: list[str],
+    jobs: JobRecorder,
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, steps)
+    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, steps, jobs)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 

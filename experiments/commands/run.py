@@ -4,7 +4,7 @@ from collections import Counter
 
 from experiments.commands.usage import compose_from, wants_help
 from experiments.run import RunResult, run
-from experiments.tables import Row, print_table
+from experiments.tables import Row, job_lines, print_table
 
 USAGE = """usage: deepflow run [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
 
@@ -26,6 +26,8 @@ def main(arguments: list[str]) -> int:
     result = run(cfg)
     print_table([Row(str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1], result.summary)])
     print(f"trace: {result.source}")
+    for line in job_lines(result.summary):
+        print(line)
     for outcome, reason, number in _not_finished(result):
         print(f"{number} of {len(result.recorder.outcomes)} requests {outcome}{reason and ': ' + reason}")
     if result.interrupted:
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> int:
     print(result.folder)
     if result.interrupted:
         return 130
-    return 0 if "finished" in result.recorder.outcomes else 1
+    return 0 if "finished" in {*result.recorder.outcomes, *(row.outcome for row in result.jobs.rows)} else 1
 
 
 def _not_finished(result: RunResult) -> list[tuple[str, str, int]]:
