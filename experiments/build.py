@@ -472,7 +472,7 @@ def notes(cluster: Cluster) -> list[str]:
 
 def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "RealCluster":
     from flowserve.runtime.wire import NullDevice, TorchDevice
-    from real.cluster import Engine, RealCluster
+    from real.cluster import Engine, RealCluster, WorkEngine
     from real.metrics import ServingMetrics
 
     backend, vocab = cfg.backend, model_shape(cfg).vocab
@@ -491,7 +491,18 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
             draft_model(cfg),
             backend.memory_share,
         )
-    engines = {group.spec: Engine(engine_config(cfg, group.spec), device) for group in groups(cfg)}
+    engines: dict[ExecutorSpec, Engine | WorkEngine] = {}
+    for group in groups(cfg):
+        spec = group.spec
+        if spec.role is Role.TRAINING and not isinstance(device, NullDevice):
+            raise ValueError(
+                f"fleet.groups has a training group, but backend.device is {device_name(cfg)}: nothing here trains on "
+                "a device; take backend=sim, or backend.device=null, where training sleeps for as long as it would take"
+            )
+        if spec.role in WORKERS:
+            engines[spec] = WorkEngine(worker_slots(cfg, spec), work_times(cfg, spec))
+        else:
+            engines[spec] = Engine(engine_config(cfg, spec), device)
     logs = None
     if folder is not None:
         logs = folder / "engines"

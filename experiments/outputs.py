@@ -150,8 +150,8 @@ def read_jobs(folder: Path) -> "pd.DataFrame":
     """One row per job other than serving, in order of their start. ValueError: no such file, or one of another schema.
 
     `request_id`: of the request it belongs to, the same for the jobs of one fine-tuning; `kind`: agent, preprocess,
-    train or evaluate; `started_s`, `jct_s` (none where it did not end); `waited_s`, `ran_s`: of its tasks, added up; `npu_s`:
-    NPUs times the time its tasks ran; `tokens`, `steps`: of training and preprocessing; `calls` of the LLM and
+    train or evaluate; `started_s`, `jct_s` (none where it did not end); `waited_s`, `ran_s`: of its tasks, added up;
+    `npu_s`: NPUs times the time its tasks ran; `tokens`, `steps`: of training and preprocessing; `calls` of the LLM and
     `generated_tokens` of their answers.
     """
     return _read_table(folder / "jobs.parquet")
