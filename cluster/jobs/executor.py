@@ -152,6 +152,10 @@ class WorkJobExecutor:
         """Requests accepted and not ended."""
         return len(self._open)
 
+    def parked(self, role: Role) -> int:
+        """Tasks that wait for a worker of this role."""
+        return self._num_parked[role]
+
     # -- the life of a request ------------------------------------------------------------------------------------
 
     def _arrived(self, event: ev.WorkArrived) -> list[Action]:
