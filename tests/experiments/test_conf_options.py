@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from cluster.events import ExecutorReady
 from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.work import FIRST_CALL
 from experiments import build
 from experiments.config import CONF, compose
 from policies.dispatch.least_outstanding import LeastOutstanding
@@ -30,6 +31,10 @@ NEEDS = {
     ("backend", "real"): ON_REAL,
     ("engine/chunking", "protect_tpot"): ["engine.chunking.prompt_token_s=5e-5"],
     ("hardware", "cpu"): ON_REAL[:2],
+    ("jobs", "agents"): ["fleet=with_workers", "jobs.sources.0.sessions=1"],
+    ("jobs", "fine_tuning"): ["fleet=with_workers"],
+    ("jobs", "mixed"): ["fleet=with_workers", "jobs.sources.0.sessions=1"],
+    ("trace", "none"): ["fleet=with_workers", "jobs=fine_tuning"],
     ("model", "llama3_70b"): SPLIT,
     ("model", "codellama_34b"): SPLIT,
     ("model", "qwen2_72b"): SPLIT,
@@ -95,10 +100,15 @@ def test_every_option_builds_and_runs(group: str, option: str, files: Path, monk
         if isinstance(cluster, SimCluster):
             control.drive(cluster)
             assert set(recorder.outcomes) == {"finished"}
-            assert len(recorder.outcomes) == (1 if option == "deepflow" and group == "trace" else 3)
+            served = [number for number in recorder.requests["request_id"] if number < FIRST_CALL]
+            assert len(served) == {("trace", "deepflow"): 1, ("trace", "none"): 0}.get((group, option), 3)
+            jobs = [] if control.work is None else control.work.recorder.rows
+            assert {row.outcome for row in jobs} == ({"finished"} if cfg.jobs.sources else set())
 
 
-@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "trace"])
+@pytest.mark.parametrize(
+    "option", [option for group, option in OPTIONS if (group, option != "none") == ("trace", True)]
+)
 def test_traces_of_files(option: str, files: Path, trace_file: Callable[[str], Path]) -> None:
     """Where the files are there, a trace reads them."""
     from traces.catalog import KNOWN
