@@ -80,6 +80,8 @@ def main() -> int:
         loop = WorkerLoop(setup, socket)
         at = loop.now()
         socket.send(wire.encode(wire.StageDone(Stage.TE_PRE_LOAD, at, at - born_ns)))
+        for stage in (Stage.TE_LOAD, Stage.TE_POST_LOAD):  # no weights, no KV cache
+            socket.send(wire.encode(wire.StageDone(stage, at, 0)))
         socket.send(wire.encode(wire.Ready(at, 0, None)))
         log.info("ready", extra={"spec": msgspec.to_builtins(setup.spec), "slots": setup.slots})
         loop.run()

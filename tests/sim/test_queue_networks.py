@@ -1,8 +1,8 @@
 """Batching engines and workers as queues: M/M/c, M/G/1-PS and closed networks, through the whole control plane.
 
 Every mean is of independent replications: its 99.9 % confidence interval by Student's t must hold the theory's value,
-so that a dozen of such intervals all do with 99 %. What is simulated differs from the theory by the length of a step, some
-per mille of a service, which is far below the interval.
+so that a dozen of such intervals all do with 99 %. What is simulated differs from the theory by the length of a step,
+some per mille of a service, which is far below the interval.
 
 * A place in the batch is a server where a step takes the same time whatever is in it: an engine of c places is a
   central queue with c servers, an answer of n tokens a service of n steps.
