@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
         print(line)
     for outcome, reason, number in _not_finished(result):
         print(f"{number} of {len(result.recorder.outcomes)} requests {outcome}{reason and ': ' + reason}")
+    for (kind, outcome, reason), number in _jobs_not_finished(result):
+        print(f"{number} {kind} job{'s' * (number > 1)} {outcome}{reason and ': ' + reason}")
     if result.interrupted:
         print("interrupted: the results hold what happened until then")
     print(result.folder)
@@ -42,3 +44,9 @@ def _not_finished(result: RunResult) -> list[tuple[str, str, int]]:
     """(outcome, reason, number) of requests that did not finish, the most frequent first, at most five."""
     pairs = Counter(zip(result.recorder.outcomes, result.recorder.reasons, strict=True))
     return [(outcome, why, number) for (outcome, why), number in pairs.most_common() if outcome != "finished"][:5]
+
+
+def _jobs_not_finished(result: RunResult) -> list[tuple[tuple[str, str, str], int]]:
+    """The same of jobs: (kind, outcome, reason)."""
+    rows = [row for row in result.jobs.rows if row.outcome != "finished"]
+    return Counter((row.kind, row.outcome, row.reason) for row in rows).most_common(5)
