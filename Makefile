@@ -4,7 +4,7 @@
 #     make PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu' run      torch without CUDA
 
 SHELL := bash
-.PHONY: run test bench format clean
+.PHONY: run test bench compiled format clean
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -28,6 +28,10 @@ test: $(STAMP)
 # All that this machine can measure, in about 15 minutes on two idle cores; writes experiments/data/bench and README.md.
 bench: $(STAMP)
 	$(BIN)/deepflow bench
+
+# The torch-free core compiled by mypyc, for runs with DEEPFLOW_COMPILED=1: about twice as fast. Needs a C compiler.
+compiled: $(STAMP)
+	$(BIN)/python -m experiments.compiled
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -7,15 +7,15 @@ import msgspec
 
 from cluster.actions import Action
 from cluster.client import ClientActor
+from cluster.decision_log import Decision, LogHeader
 from cluster.events import Event, FirstToken
 from cluster.job_executor import JobExecutor
 from cluster.jobs.executor import WorkJobExecutor
 from cluster.manager import ClusterManager
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.seam import Cluster
 
 C = TypeVar("C", bound=ClientActor)
-LOG_SCHEMA = "deepflow-decisions/1"
 
 
 class Actor(Protocol):
@@ -27,20 +27,6 @@ class Actor(Protocol):
     def on_event(self, event: Event) -> list[Action]:
         """What to do about an event. No I/O, no clock."""
         ...
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """One line of `decisions.jsonl`: what the control plane did about an event."""
-
-    sequence: int
-    event: Event
-    actions: list[Action]
-
-
-class LogHeader(msgspec.Struct, frozen=True):
-    """First line of `decisions.jsonl`."""
-
-    schema: str = LOG_SCHEMA
 
 
 class ControlPlane(Generic[C]):

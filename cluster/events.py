@@ -3,11 +3,20 @@
 Times are integer nanoseconds from the start of the run. Actors read the time from `event.time` and from nowhere else.
 """
 
+from array import array
+from collections.abc import Iterable
+from itertools import pairwise
+
 import msgspec
 
 from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, ExecutorState, FailureReason, Outcome, Stage
 from cluster.work import WorkRequest
+
+
+def pack_times(times_ns: Iterable[int]) -> bytes:
+    """Times in ns as 8-byte integers, the first one first: the hundreds of an answer are copied at once."""
+    return array("q", times_ns).tobytes()
 
 
 class EventBase(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -62,9 +71,9 @@ class TaskProgress(EventBase, frozen=True, tag=True, kw_only=True):
 class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     """A task is done. `stopped`: the request is complete; a prefill task that is not stopped holds its KV cache.
 
-    `tokens`: how many this task produced; `last_token_ns`: when the last of them was; `token_gaps_ns`: the
-    `tokens - 1` times between them. `cached_tokens`: of the prompt, not computed; of these, `dram_tokens` and
-    `ssd_tokens` were fetched from those tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
+    `tokens`: how many this task produced; `token_times`: when, see `pack_times`; `last_token_ns`: the last of these.
+    `cached_tokens`: of the prompt, not computed; of these, `dram_tokens` and `ssd_tokens` were fetched from those
+    tiers. `kv_runs`: of a held KV cache, see `KvSource.runs`.
     Of an engine that speculates: `draft_tokens` it guessed, `accepted_tokens` of these, and `draft_rejections`: how
     often a guess was wrong or missing where the output went on.
     """
@@ -76,7 +85,7 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     stopped: bool
     tokens: int
     last_token_ns: int
-    token_gaps_ns: tuple[int, ...] = ()
+    token_times: bytes
     cached_tokens: int = 0
     dram_tokens: int = 0
     ssd_tokens: int = 0
@@ -85,6 +94,11 @@ class TaskFinished(EventBase, frozen=True, tag=True, kw_only=True):
     accepted_tokens: int = 0
     draft_rejections: int = 0
     kv_runs: tuple[int, ...] = ()
+
+    @property
+    def token_gaps_ns(self) -> tuple[int, ...]:
+        """Times between the tokens."""
+        return tuple(later - earlier for earlier, later in pairwise(array("q", self.token_times)))
 
 
 class TaskFailed(EventBase, frozen=True, tag=True, kw_only=True):
@@ -152,7 +166,10 @@ class NoCapacity(EventBase, frozen=True, tag=True, kw_only=True):
 
 
 class LoadReport(EventBase, frozen=True, tag=True, kw_only=True):
-    """An executor's own account of its load. It is as old as `time - occurred`."""
+    """An executor's own account of its load. It is as old as `time - occurred`.
+
+    Since its start: `generated_tokens`, `preemptions`, and `busy_ns`, for how long it had a step to compute.
+    """
 
     executor: str
     waiting: int
@@ -163,6 +180,7 @@ class LoadReport(EventBase, frozen=True, tag=True, kw_only=True):
     total_blocks: int
     generated_tokens: int
     preemptions: int
+    busy_ns: int = 0
 
 
 class DemandReported(EventBase, frozen=True, tag=True, kw_only=True):

@@ -68,7 +68,8 @@ class JobExecutor:
         self._next_task = number << _TASK_BITS
         self._jobs: dict[int, Job] = {}
         self._tasks: dict[int, Job] = {}
-        self._parked: dict[int, Job] = {}
+        self._parked: dict[str, dict[int, Job]] = {}  # model, request
+        self._num_parked = 0
         self._demand: dict[str, int] = {}
         self._no_capacity: dict[str, str] = {}
         self._callers: dict[int, str] = {}
@@ -208,7 +209,8 @@ class JobExecutor:
             return []
         job.cancelled = True
         if job.task is None:
-            del self._parked[event.request_id]
+            del self._parked[job.request.model][event.request_id]
+            self._num_parked -= 1
             return [*self._release(job), *self._end(job, Outcome.CANCELLED), self._demand_changed(job, -1)]
         return [AbortTask(job.executor, job.task.task_id)]
 
@@ -227,8 +229,8 @@ class JobExecutor:
         """Wherever an explicitly cached context may lie: any executor may have served a request that named it."""
         if request.context is None or not request.release_context:
             return []
-        names = [name for group in self.fleet if group.model == request.model for name in group.names]
-        return [ReleaseKvContext(name, request.context) for name in names]
+        groups = [self.fleet.group(request.model, role) for role in SERVES]
+        return [ReleaseKvContext(name, request.context) for group in groups for name in group.names]
 
     def _release(self, job: Job) -> list[Action]:
         """Let go of the KV cache a finished prefill holds for this job."""
@@ -242,10 +244,11 @@ class JobExecutor:
         model = job.request.model
         if model in self._no_capacity:
             return [*self._release(job), *self._end(job, Outcome.FAILED, self._no_capacity[model])]
-        if len(self._parked) >= self._max_parked:
-            reason = f"no executor is ready and {len(self._parked)} requests wait already (max_parked)"
+        if self._num_parked >= self._max_parked:
+            reason = f"no executor is ready and {self._num_parked} requests wait already (max_parked)"
             return [*self._release(job), *self._end(job, Outcome.REFUSED, reason)]
-        self._parked[job.request.request_id] = job
+        self._parked.setdefault(model, {})[job.request.request_id] = job
+        self._num_parked += 1
         return [self._demand_changed(job, +1)]
 
     def _announced(self, event: ev.ExecutorAnnounced) -> list[Action]:
@@ -255,10 +258,9 @@ class JobExecutor:
         self.fleet.announced(event)
         model = event.spec.model
         self._no_capacity.pop(model, None)
-        waiting = [job for job in self._parked.values() if job.request.model == model]
+        waiting = self._take_parked(model)
         actions: list[Action] = []
         for job in waiting:
-            del self._parked[job.request.request_id]
             self._demand[model] -= 1
             actions += self._place(job, event.time)
         # One report of what still waits, not one for each job that was parked again.
@@ -268,11 +270,15 @@ class JobExecutor:
     def _give_up(self, event: ev.NoCapacity) -> list[Action]:
         self._no_capacity[event.model] = event.reason
         actions: list[Action] = []
-        for job in [job for job in self._parked.values() if job.request.model == event.model]:
-            del self._parked[job.request.request_id]
+        for job in self._take_parked(event.model):
             actions += [*self._release(job), *self._end(job, Outcome.FAILED, event.reason)]
             self._demand[event.model] -= 1
         return [*actions, ReportDemand(self.name, event.model, self._demand[event.model])] if actions else []
+
+    def _take_parked(self, model: str) -> list[Job]:
+        jobs = list(self._parked.pop(model, {}).values())
+        self._num_parked -= len(jobs)
+        return jobs
 
     def _demand_changed(self, job: Job, change: int) -> ReportDemand:
         model = job.request.model

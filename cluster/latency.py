@@ -29,7 +29,13 @@ class StepTime(Protocol):
 
 
 class LatencyModel(StepTime, Protocol):
-    """How long steps take on one executor. Models derive from this, for what it adds to `step_ns`."""
+    """How long steps take on one executor. Models derive from this, for what it adds to `step_ns`.
+
+    `stages`: of the executor's pipeline; steps on end overlap in it, so each takes `step_ns` behind another one, and
+    `fill_ns` more where none is ahead of it.
+    """
+
+    stages: int = 1
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
         """Durations of `steps` steps on end in which `sequences` decode, the first with `context` tokens in all.
@@ -38,3 +44,7 @@ class LatencyModel(StepTime, Protocol):
         """
         contexts = range(context, context + steps * sequences, sequences)
         return [self.step_ns(StepShape(0, 0, 0, sequences, context)) for context in contexts]
+
+    def fill_ns(self, shape: StepShape) -> int:
+        """What the step takes longer where no other is ahead of it, because the pipeline is not full yet."""
+        return 0

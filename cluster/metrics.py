@@ -13,21 +13,16 @@ last (but `npu_seconds`, which is of the whole run). Times of a request are take
 is how late the client was in sending.
 """
 
-from array import array
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cluster import events as ev
-from cluster.actions import Action, LaunchExecutor
-from cluster.client import ClientActor
-from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome, Role
+from cluster.recorder import NONE, Recorder
+from cluster.vocabulary import NS_PER_S, Outcome
 
 Floats = npt.NDArray[np.float64]
-NONE = -1
-"""Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -42,188 +37,6 @@ class Slo(msgspec.Struct, frozen=True):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise ValueError(f"slo.{field} is {value}: allowed are seconds above 0, or null for no objective")
-
-
-class _Live:
-    __slots__ = (
-        "arrival",
-        "attempts",
-        "cached",
-        "dram",
-        "first",
-        "gap_end",
-        "gaps",
-        "last",
-        "preemptions",
-        "prompt",
-        "speculation",
-        "ssd",
-        "started",
-    )
-
-    def __init__(self, arrival: int, prompt: int) -> None:
-        self.arrival = arrival
-        self.prompt = prompt
-        self.first = NONE
-        self.last = NONE
-        self.gap_end = NONE
-        self.gaps = array("q")
-        self.cached = 0
-        self.dram = 0
-        self.ssd = 0
-        self.preemptions = 0
-        self.speculation = (0, 0, 0)
-        self.attempts = 0
-        self.started = ""
-
-
-class Recorder:
-    """Turns events into records: per request, per load report, per step of scaling. Columns of integers."""
-
-    REQUEST_COLUMNS = (
-        "request_id",
-        "arrival_ns",
-        "lag_ns",
-        "first_token_ns",
-        "last_token_ns",
-        "prompt_tokens",
-        "output_tokens",
-        "cached_tokens",
-        "dram_tokens",
-        "ssd_tokens",
-        "preemptions",
-        "failed_tasks",
-        "draft_tokens",
-        "accepted_tokens",
-        "draft_rejections",
-    )
-
-    def __init__(self) -> None:
-        self.requests: dict[str, array[int]] = {name: array("q") for name in self.REQUEST_COLUMNS}
-        self.outcomes: list[str] = []
-        self.reasons: list[str] = []
-        self.executors: list[str] = []
-        self.gaps = array("q")
-        """Gaps between tokens in ns, request after request; `gap_counts` says how many are whose."""
-        self.gap_counts = array("q")
-        self.loads: list[ev.LoadReport] = []
-        self.scaling: list[tuple[int, str, str, int]] = []
-        """(time_ns, executor, what, took_ns): launches, stages, state changes."""
-        self.end_ns = 0
-        self._specs: dict[str, ExecutorSpec] = {}
-        self._held: dict[str, tuple[int, int]] = {}
-        self._live: dict[int, _Live] = {}
-        self._lags: dict[int, int] = {}
-
-    def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
-        """Note what an event says. `client` knows when its requests were due."""
-        if event.time > self.end_ns:
-            self.end_ns = event.time
-        match event:
-            case ev.TimerFired() | ev.TaskProgress():
-                pass
-            case ev.RequestArrived() | ev.CallArrived():
-                request = event.request
-                self._live[request.request_id] = _Live(event.occurred, request.prompt_tokens)
-                # A job is never late with its calls.
-                self._lags[request.request_id] = event.occurred - client.due.get(request.request_id, event.occurred)
-            case ev.FirstToken():
-                live = self._live.get(event.request_id)
-                if live is not None and live.first == NONE:
-                    live.first = live.last = live.gap_end = event.occurred
-            case ev.TaskFinished():
-                self._task_finished(event)
-            case ev.TaskFailed():
-                if (live := self._live.get(event.request_id)) is not None:
-                    live.attempts += 1
-                    live.gap_end = NONE  # when the lost executor's last token came is not known here
-            case ev.RequestEnded() | ev.CallEnded():
-                self._ended(event)
-            case ev.LoadReport() if event.to == "cm":
-                self.loads.append(event)
-            case ev.StageFinished():
-                self.scaling.append((event.occurred, event.executor, str(event.stage), event.took_ns))
-            case ev.ExecutorReady():
-                self.scaling.append((event.occurred, event.executor, "ready", 0))
-            case ev.ExecutorDrained():
-                self.scaling.append((event.occurred, event.executor, "drained", 0))
-            case ev.RoleSwitched():
-                self.scaling.append((event.occurred, event.executor, f"serves {event.spec.role}", 0))
-            case ev.ExecutorRetired() | ev.ExecutorFailed():
-                what = "retired" if isinstance(event, ev.ExecutorRetired) else "failed"
-                self.scaling.append((event.occurred, event.executor, what, 0))
-                launched, until = self._held[event.executor]
-                self._held[event.executor] = (launched, event.occurred if until == NONE else until)
-        for action in actions:
-            if type(action) is LaunchExecutor:
-                self._specs[action.executor] = action.spec
-                self._held[action.executor] = (event.time, NONE)
-                self.scaling.append((event.time, action.executor, "launch", 0))
-
-    def _task_finished(self, event: ev.TaskFinished) -> None:
-        live = self._live.get(event.request_id)
-        if live is None:
-            return
-        live.preemptions += event.preemptions
-        if event.cached_tokens > live.cached:
-            live.cached, live.dram, live.ssd = event.cached_tokens, event.dram_tokens, event.ssd_tokens
-        drafted, accepted, rejections = live.speculation
-        live.speculation = (
-            drafted + event.draft_tokens,
-            accepted + event.accepted_tokens,
-            rejections + event.draft_rejections,
-        )
-        live.started = live.started or event.executor
-        live.last = event.last_token_ns
-        gaps = event.token_gaps_ns
-        if live.first != NONE:
-            started = event.last_token_ns - sum(gaps)
-            if live.gap_end != NONE and started > live.gap_end:
-                live.gaps.append(started - live.gap_end)
-        live.gaps.extend(gaps)
-        live.gap_end = event.last_token_ns
-
-    def _ended(self, event: ev.RequestEnded | ev.CallEnded) -> None:
-        self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
-
-    def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
-        values = (
-            request_id,
-            live.arrival,
-            self._lags.pop(request_id),
-            live.first,
-            live.last if outcome == Outcome.FINISHED else NONE,
-            live.prompt,
-            generated,
-            live.cached,
-            live.dram,
-            live.ssd,
-            live.preemptions,
-            live.attempts,
-            *live.speculation,
-        )
-        for column, value in zip(self.requests.values(), values, strict=True):
-            column.append(value)
-        self.gaps += live.gaps
-        self.gap_counts.append(len(live.gaps))
-        self.outcomes.append(str(outcome))
-        self.reasons.append(reason)
-        self.executors.append(live.started)
-
-    def censor(self) -> None:
-        """The run is over: what has not ended by now is recorded as unfinished."""
-        for request_id, live in list(self._live.items()):
-            self._append(request_id, live, "unfinished", "the run ended first", 0)
-        self._live.clear()
-
-    def npu_seconds(self, role: Role | None = None) -> float:
-        """NPUs times seconds held, from launch to retirement (or to the end of the run), by executors of this role."""
-        held = 0
-        for name, (launched, until) in self._held.items():
-            if role is not None and self._specs[name].role is not role:
-                continue
-            held += self._specs[name].npus * ((self.end_ns if until == NONE else until) - launched)
-        return held / NS_PER_S
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -251,9 +64,9 @@ class RequestTable:
             low, high = arrival.min() + window.warmup_s * NS_PER_S, arrival.max() - window.cooldown_s * NS_PER_S
             keep = (arrival >= low) & (arrival <= high)
         self.columns = {name: column[keep] for name, column in columns.items()}
-        gaps = np.frombuffer(recorder.gaps, np.int64) if len(recorder.gaps) else np.zeros(0, np.int64)
-        self.itl: Floats = gaps[np.repeat(keep, np.array(recorder.gap_counts, np.int64))] / NS_PER_S
+        self._keep, self._gaps, self._gap_counts = keep, recorder.gaps, recorder.gap_counts
         self.outcome = np.array(recorder.outcomes, dtype=object)[keep] if len(keep) else np.zeros(0, object)
+        self.model = np.array(recorder.models, dtype=object)[keep] if len(keep) else np.zeros(0, object)
 
     def __len__(self) -> int:
         return len(self.outcome)
@@ -261,6 +74,14 @@ class RequestTable:
     def _since_arrival(self, column: str) -> Floats:
         times = self.columns[column]
         return np.where(times == NONE, np.nan, (times - self.columns["arrival_ns"]) / NS_PER_S)
+
+    @property
+    def itl(self) -> Floats:
+        """Gaps between tokens: hundreds per request, so ask once."""
+        gaps = np.frombuffer(self._gaps, np.int64) if len(self._gaps) else np.zeros(0, np.int64)
+        if not self._keep.all():
+            gaps = gaps[np.repeat(self._keep, np.array(self._gap_counts, np.int64))]
+        return gaps / NS_PER_S
 
     @property
     def ttft(self) -> Floats:
@@ -293,8 +114,15 @@ class RequestTable:
 
 def percentile(values: Floats, share: float) -> float:
     """A percentile over those who have a value; NaN where nobody has."""
+    return percentiles(values, (share,))[0]
+
+
+def percentiles(values: Floats, shares: Sequence[float]) -> list[float]:
+    """Several of them, for the price of one."""
     known = values[~np.isnan(values)]
-    return float(np.percentile(known, share)) if len(known) else float("nan")
+    if not len(known):
+        return [float("nan")] * len(shares)
+    return [float(value) for value in np.percentile(known, shares, overwrite_input=True)]
 
 
 def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dict[str, float]:
@@ -304,12 +132,11 @@ def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dic
     for outcome in (*Outcome, "unfinished"):
         summary[str(outcome)] = int((table.outcome == str(outcome)).sum())
     for name, values in (("ttft", table.ttft), ("tpot", table.tpot), ("e2e", table.e2e)):
-        for share in (50, 90, 99):
-            summary[f"{name}_p{share}_s"] = percentile(values, share)
+        for share, value in zip((50, 90, 99), percentiles(values, (50, 90, 99)), strict=True):
+            summary[f"{name}_p{share}_s"] = value
         known = values[~np.isnan(values)]
         summary[f"{name}_mean_s"] = float(known.mean()) if len(known) else float("nan")
-    for share in (50, 99):
-        summary[f"itl_p{share}_s"] = percentile(table.itl, share)
+    summary["itl_p50_s"], summary["itl_p99_s"] = percentiles(table.itl, (50, 99))
     met = table.met(slo)
     arrivals, ends = table.columns["arrival_ns"], table.columns["last_token_ns"]
     span = (max(int(arrivals.max()), int(ends.max())) - int(arrivals.min())) / NS_PER_S if len(table) else 0.0
@@ -335,3 +162,29 @@ def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dic
     summary["lag_p99_s"] = percentile(lags, 99)
     summary["lag_max_s"] = float(lags.max()) if len(lags) else float("nan")
     return summary
+
+
+def by_model(recorder: Recorder, slo: Slo, window: Window | None = None) -> dict[str, dict[str, float]]:
+    """The main metrics of the requests for each model, the most asked for first: same names as in `summarise`, rates
+    over the span of all requests. NPU-seconds are those of executors that serve the model.
+    """
+    table = RequestTable(recorder, window or Window())
+    if not len(table):
+        return {}
+    names, codes = np.unique(table.model.astype(str), return_inverse=True)
+    met, finished = table.met(slo), table.outcome == str(Outcome.FINISHED)
+    arrivals, ends = table.columns["arrival_ns"], table.columns["last_token_ns"]
+    span = (max(int(arrivals.max()), int(ends.max())) - int(arrivals.min())) / NS_PER_S
+    times = (("ttft", table.ttft), ("tpot", table.tpot), ("e2e", table.e2e))
+    found = {}
+    for code in np.argsort(-np.bincount(codes), kind="stable"):
+        of_model, name = codes == code, str(names[code])
+        summary: dict[str, float] = {"requests": int(of_model.sum()), "finished": int(finished[of_model].sum())}
+        for metric, values in times:
+            chosen = values[of_model]
+            summary |= {f"{metric}_p{share}_s": percentile(chosen, share) for share in (50, 99)}
+        summary["slo_attainment"] = float(met[of_model].mean())
+        summary["goodput_rps"] = float(met[of_model].sum()) / span if span else float("nan")
+        summary["npu_seconds"] = recorder.npu_seconds(name)
+        found[name] = summary
+    return found

@@ -81,6 +81,8 @@ class ScalingPolicy(ABC):
     def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
         """Role switches to make, asked ahead of `desired`, which sees the groups as they are after them.
 
+        `loads`: of all groups where the period is over, of one model's where only its demand or its executors changed.
+
         Each takes one ready executor, the least loaded, with its cache; one that would leave a group with fewer or more
         than its plan allows, or for which there is no group, is not made.
         """

@@ -1,28 +1,38 @@
 """From a configuration to the objects of a run: workload, control plane, cluster."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
+from cluster import cost
 from cluster.acceptance import Acceptance
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.job_executor import JobExecutor
 from cluster.jobs.executor import WorkJobExecutor
+from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, Slo, Window
+from cluster.metrics import Slo, Window
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import WORKERS, ExecutorSpec, Role, Stage
 from cluster.work import WORK, AnyArrival, OperationTime
 from experiments.config import CONF, build, plain, typed
-from flowserve.core.record import StepSpan, read_turns, spans
-from flowserve.core.scheduler import EngineConfig
+from experiments.models import by_group, served, shape_of
+from experiments.models import model_folder as model_folder
+from experiments.models import model_name as model_name
+from experiments.models import model_shape as model_shape
+from experiments.task_log import TaskLog
+from experiments.timeline import Spans
+from flowserve.core import record
+from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import pieces_per_run
 from flowserve.runtime.sampling import Sampling
 from sim.hardware import Hardware
@@ -43,8 +53,6 @@ ENGINE_POLICIES = {
     "eviction": EvictionPolicy,
     "chunking": ChunkPolicy,
 }
-LARGEST_RANDOM_MODEL = 500_000_000
-"""Parameters. Random weights serve to try things out; nobody means to write those of a large model to the disk."""
 
 
 DRAWING = (
@@ -62,8 +70,10 @@ DRAWING = (
 
 class GroupConfig(msgspec.Struct, frozen=True):
     """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's.
-
     `npus`: of each executor, by default 1, and none of a CPU worker. `slots`: of each CPU worker, tasks side by side.
+    `model`: the same of conf/model, or a Hugging Face folder. `copies` above 0: the entry stands for so many models of
+    that shape (fine-tuned ones, say), named NAME-0, NAME-1 and so on, and a group of each. `profile`: the latency
+    profile of this model on this hardware, in place of the run's latency model. Workers belong to no model.
     """
 
     role: Role
@@ -73,6 +83,9 @@ class GroupConfig(msgspec.Struct, frozen=True):
     minimum: int = 0
     maximum: int = 64
     hardware: str = ""
+    model: str = ""
+    copies: int = 0
+    profile: str = ""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -86,9 +99,11 @@ class Settings(msgspec.Struct, frozen=True):
     warmup_s: float
     cooldown_s: float
     profile_max_prompt: int
+    electricity_per_kwh: float
     decisions: bool
     report: bool
     progress: bool
+    watch: bool
     out: str | None
 
 
@@ -149,6 +164,8 @@ def check_types(cfg: DictConfig) -> None:
     ):
         typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
+    if cfg.electricity_per_kwh < 0:
+        raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")
     for field in ("report_period_s", "step_s", "prefill_token_s"):
         if cfg.backend.get(field, 0.0) < 0:
             raise ValueError(f"backend.{field} is {cfg.backend[field]}: allowed are seconds from 0 up")
@@ -160,43 +177,6 @@ class Workload(NamedTuple):
     arrivals: Iterable[AnyArrival]
     source: str
     stand_in: bool
-
-
-def model_shape(cfg: DictConfig) -> ModelShape:
-    """The model's sizes: from config.json where a folder is named, else as configured.
-
-    A real engine keeps weights and KV cache in its own dtype, a simulated one in that of the files.
-    """
-    if cfg.model.folder is None:
-        return typed(cfg.model.shape, ModelShape, "model.shape")
-    folder = Path(cfg.model.folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.folder is {folder}: there is no config.json of a Hugging Face model")
-    from flowserve.models import read_config
-
-    config = read_config(folder)
-    dtype = cfg.backend.get("dtype", config.dtype)
-    return ModelShape(
-        name=folder.resolve().name,
-        family=config.model_type,
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
-        bytes_per_value=4 if dtype == "float32" else 2,
-        tied_embeddings=config.tied,
-        sparse_layers=sum(config.is_sparse(layer) for layer in range(config.num_layers)),
-        experts=config.num_experts,
-        experts_per_token=config.num_experts_per_tok,
-        expert_intermediate=config.moe_intermediate_size,
-    )
-
-
-def model_name(cfg: DictConfig) -> str:
-    return model_shape(cfg).name
 
 
 def workload(cfg: DictConfig) -> Workload:
@@ -239,6 +219,9 @@ def workload(cfg: DictConfig) -> Workload:
         arrivals = ClipLengths(arrivals, trace.max_prompt_tokens, trace.max_output_tokens)
     if trace.limit is not None:
         arrivals = Limit(arrivals, trace.limit)
+    if cfg.mix["_target_"] is not None:
+        how = {**plain(cfg.mix), "_partial_": True, "_convert_": "all"}
+        arrivals = build(how, "mix", models=list(served(cfg)), seed=cfg.seed)(arrivals)
     if sources:
         arrivals = Merge([arrivals, *sources])
     return Workload(arrivals, source, stand_in and trace.reader is not None)
@@ -258,36 +241,64 @@ def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
     return tuple(f"je-{number}" for number in range(cfg.job_executors))
 
 
+class GroupEntry(NamedTuple):
+    """What an entry of `fleet.groups` says of one TE group."""
+
+    plan: GroupPlan
+    model: DictConfig
+    profile: str
+    slots: int
+
+
 def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
     """The TE groups of `fleet`."""
-    plans: list[GroupPlan] = []
-    for number, node in enumerate(cfg.fleet.groups):
-        group = typed(node, GroupConfig, f"fleet.groups[{number}]")
-        npus = group.npus if group.npus is not None else int(group.role is not Role.CPU)
-        if group.role is Role.CPU and npus:
-            raise ValueError(f"fleet.groups[{number}].npus is {npus}: workers of role cpu take none, leave it out")
-        if group.role is not Role.CPU and npus < 1:
-            raise ValueError(f"fleet.groups[{number}].npus is {npus}: an executor takes at least one")
-        if group.slots < 1 or (group.slots > 1 and group.role is not Role.CPU):
-            raise ValueError(
-                f"fleet.groups[{number}].slots is {group.slots}: allowed are 1 and more for role cpu, and 1 for others"
-            )
+    return tuple(entry.plan for entry in group_entries(cfg).values())
+
+
+def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
+    """The same with what stands behind each."""
+    entries: dict[ExecutorSpec, GroupEntry] = {}
+    roles: dict[str, set[Role]] = {}
+    for number, (node, (model, called)) in enumerate(zip(cfg.fleet.groups, by_group(cfg), strict=True)):
+        where = f"fleet.groups[{number}]"
+        group = typed(node, GroupConfig, where)
+        npus = _npus(group, where)
         if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
+            raise ValueError(f"{where} has zero executors and scaling never adds one: set executors to 1 or more")
+        for name in called or [str(group.role)]:
+            spec = ExecutorSpec(name, group.role, npus, group.hardware)
+            if spec in entries:
+                raise ValueError(f"{where} is another group of {group.role} executors of {name}: make them one")
+            plan = GroupPlan(spec, group.executors, group.minimum, group.maximum)
+            entries[spec] = GroupEntry(plan, model, group.profile, group.slots)
+            if group.role not in WORKERS:
+                roles.setdefault(name, set()).add(group.role)
+    if entries and not roles:
+        raise ValueError("fleet.groups has only workers: a run needs executors that serve, too")
+    for name, found in roles.items():
+        if found not in ROLES_THAT_SERVE:
             raise ValueError(
-                f"fleet.groups[{number}] has zero executors and scaling never adds one: set executors to 1 or more"
+                f"fleet.groups has only {' and '.join(sorted(found))} executors of {name}, which cannot finish a "
+                "request: needed are colocated ones, or prefill and decode together"
             )
-        serves = str(group.role) if group.role in WORKERS else model_name(cfg)
-        spec = ExecutorSpec(serves, group.role, npus, group.hardware)
-        if any(spec == plan.spec for plan in plans):
-            raise ValueError(f"fleet.groups[{number}] is another group of {group.role} executors: make them one")
-        plans.append(GroupPlan(spec, group.executors, group.minimum, group.maximum))
-    roles = {plan.spec.role for plan in plans} - {*WORKERS}
-    if plans and roles not in ROLES_THAT_SERVE:
-        raise ValueError(
-            f"fleet.groups has only {' and '.join(sorted(roles)) or 'other'} executors, which cannot finish a "
-            "request: needed are colocated ones, or prefill and decode together"
-        )
-    return tuple(plans)
+    return entries
+
+
+def _npus(group: GroupConfig, where: str) -> int:
+    """Of each executor. ValueError: more or less than its role takes, or what workers of its role do not have."""
+    npus = group.npus if group.npus is not None else int(group.role is not Role.CPU)
+    if group.role is Role.CPU and npus:
+        raise ValueError(f"{where}.npus is {npus}: workers of role cpu take none, leave it out")
+    if group.role is not Role.CPU and npus < 1:
+        raise ValueError(f"{where}.npus is {npus}: an executor takes at least one")
+    if group.slots < 1 or (group.slots > 1 and group.role is not Role.CPU):
+        raise ValueError(f"{where}.slots is {group.slots}: allowed are 1 and more for role cpu, and 1 for others")
+    if group.copies < 0:
+        raise ValueError(f"{where}.copies is {group.copies}: allowed are 0 (the model itself) and more")
+    for name in ("model", "copies", "profile"):
+        if group.role in WORKERS and getattr(group, name):
+            raise ValueError(f"{where}.{name} is {getattr(group, name)}: workers belong to no model, leave it out")
+    return npus
 
 
 def worker_roles(cfg: DictConfig) -> tuple[Role, ...]:
@@ -299,12 +310,6 @@ def worker_roles(cfg: DictConfig) -> tuple[Role, ...]:
 def runs_work(cfg: DictConfig) -> bool:
     """Whether the run has a job executor for work other than serving."""
     return bool(worker_roles(cfg) or cfg.jobs.sources)
-
-
-def worker_slots(cfg: DictConfig, spec: ExecutorSpec) -> int:
-    """Tasks that a worker runs side by side."""
-    configured = zip(groups(cfg), cfg.fleet.groups, strict=True)
-    return next(int(node.get("slots", 1)) for plan, node in configured if plan.spec == spec)
 
 
 def control_plane(cfg: DictConfig, arrivals: Iterable[AnyArrival], recorder: Recorder) -> ControlPlane[Client]:
@@ -319,11 +324,17 @@ def control_plane(cfg: DictConfig, arrivals: Iterable[AnyArrival], recorder: Rec
     scaling = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
     if not isinstance(scaling, ScalingPolicy):
         raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    client = Client(
+        arrivals,
+        names,
+        stream(cfg.seed, "client"),
+        cfg.trace.closed_loop or bool(cfg.jobs.sources),
+        cfg.start_when_ready,
+        runs_work(cfg),
+    )
     work = WorkJobExecutor(names, worker_roles(cfg), cfg.max_attempts) if runs_work(cfg) else None
-    closed_loop = cfg.trace.closed_loop or bool(cfg.jobs.sources)
-    rng = stream(cfg.seed, "client")
-    client = Client(arrivals, names, rng, closed_loop, cfg.start_when_ready, work is not None)
-    return ControlPlane(client, job_executors, ClusterManager(groups(cfg), scaling, names), recorder, work)
+    manager = ClusterManager(groups(cfg), scaling, names, npus=cfg.fleet.get("npus"))
+    return ControlPlane(client, job_executors, manager, recorder, work)
 
 
 def objectives(cfg: DictConfig) -> tuple[Slo, Window]:
@@ -341,13 +352,22 @@ def hardware_of(cfg: DictConfig, spec: ExecutorSpec) -> Hardware:
     return typed(OmegaConf.load(file), Hardware, str(file))
 
 
-def engine_config(cfg: DictConfig, spec: ExecutorSpec) -> EngineConfig:
-    """Engine limits; KV cache blocks by what fits where the configuration leaves them open."""
+def costs(cfg: DictConfig, recorder: Recorder) -> dict[str, float]:
+    """What a run cost, each executor at the rates of its own hardware, see `cluster.cost`."""
+    rates = {spec: hardware_of(cfg, spec).rates for spec in {each.spec for each in recorder.held()}}
+    return cost.costs(recorder, rates.__getitem__, float(cfg.electricity_per_kwh))
+
+
+def engine_config(cfg: DictConfig, spec: ExecutorSpec, shape: ModelShape | None = None) -> EngineConfig:
+    """Engine limits; KV cache blocks by what fits where the configuration leaves them open. `shape`: of the model that
+    the executor serves, where it is known.
+    """
     from sim.hardware import kv_blocks
 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
-        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), model_shape(cfg), spec.npus, values["block_tokens"])
+        shape = shape or model_shape(cfg, spec.model)
+        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), shape, spec.npus, values["block_tokens"])
     for name, kind in ENGINE_POLICIES.items():
         if name in values:  # an option of one's own may leave it to the engine's default
             values[name] = engine_policy(values[name], kind, f"engine.{name}")
@@ -378,21 +398,29 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     from sim.coldstart import ColdStart
     from sim.link import Link, TierLinks
 
-    shape = model_shape(cfg)
-    stages = typed(cfg.coldstart, ColdStart, "coldstart").stages(shape.weight_bytes)
-    nodes: dict[ExecutorSpec, Node | WorkNode] = {}
+    cold = typed(cfg.coldstart, ColdStart, "coldstart")
+    entries = group_entries(cfg)
+    profiled(cfg, entries)
+    made: dict[tuple[Any, ...], Node] = {}
+    workers: dict[ExecutorSpec, WorkNode] = {}
+    shapes: dict[str, ModelShape] = {}
 
     def node_for(spec: ExecutorSpec) -> Node | WorkNode:
-        if spec not in nodes and spec.role in WORKERS:
-            nodes[spec] = WorkNode(worker_slots(cfg, spec), work_times(cfg, spec), worker_stages(cfg, spec))
-        elif spec not in nodes:
+        entry = entries[spec]
+        if spec.role in WORKERS:
+            if spec not in workers:
+                workers[spec] = WorkNode(entry.slots, work_times(cfg, spec), worker_stages(cfg, spec))
+            return workers[spec]
+        shape = shapes.get(spec.model) or shapes.setdefault(spec.model, shape_of(cfg, entry.model))
+        kind = (shape, spec.npus, spec.hardware, entry.profile)  # copies of a model are alike
+        if kind not in made:
             hardware = hardware_of(cfg, spec)
-            model = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=spec.npus)
-            engine = engine_config(cfg, spec)
-            nodes[spec] = Node(
+            model = latency_model(cfg, hardware, shape, spec.npus, entry.profile)
+            engine = engine_config(cfg, spec, shape)
+            made[kind] = Node(
                 engine=engine,
                 latency=lambda: model,
-                stages=stages,
+                stages=cold.stages(shape.weight_bytes),
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 contention=hardware.contention,
@@ -406,19 +434,27 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                     lambda: Link(hardware.ssd_bytes_per_s, hardware.ssd_latency_s, hardware.kv_call_overhead_s),
                 ),
             )
-        return nodes[spec]
+        return made[kind]
 
-    for group in groups(cfg):
-        node_for(group.spec)  # a model that does not fit is an error now, not in the middle of the run
+    for spec in entries:
+        node_for(spec)  # a model that does not fit is an error now, not in the middle of the run
     return node_for
 
 
 def work_times(cfg: DictConfig, spec: ExecutorSpec) -> OperationTime:
-    """How long tasks other than tools take on a worker. Jobs train the run's model."""
+    """How long tasks other than tools take on a worker. Jobs train models that the fleet serves."""
     from sim.training import WorkTimes
 
-    shape = model_shape(cfg)
-    return WorkTimes(hardware_of(cfg, spec), {shape.name: shape}.__getitem__)
+    found = served(cfg)
+
+    def shape_named(name: str) -> ModelShape:
+        if name not in found:
+            raise ValueError(
+                f"a job trains {name!r}: allowed are the models that fleet.groups serves, as {next(iter(found))}"
+            )
+        return shape_of(cfg, found[name])
+
+    return WorkTimes(hardware_of(cfg, spec), shape_named)
 
 
 def worker_stages(cfg: DictConfig, spec: ExecutorSpec) -> list[tuple[Stage, int]]:
@@ -428,6 +464,33 @@ def worker_stages(cfg: DictConfig, spec: ExecutorSpec) -> list[tuple[Stage, int]
     cold = typed(cfg.coldstart, ColdStart, "coldstart")
     cold = msgspec.structs.replace(cold, load_setup_s=0.0, te_post_load_s=0.0)
     return (msgspec.structs.replace(cold, te_pre_load_s=0.0) if spec.role is Role.CPU else cold).stages(0)
+
+
+def profiled(cfg: DictConfig, entries: Mapping[ExecutorSpec, GroupEntry]) -> None:
+    """ValueError: one file of measured steps is to speak for several kinds of executors."""
+    if "path" not in cfg.latency:
+        return
+    kinds = {
+        (shape_of(cfg, entry.model).name, spec.npus, spec.hardware)
+        for spec, entry in entries.items()
+        if not entry.profile and spec.role not in WORKERS
+    }
+    if len(kinds) > 1:
+        said = ", ".join(f"{model} on {npus} x {name or cfg.hardware.name}" for model, npus, name in sorted(kinds))
+        raise ValueError(
+            f"latency.path is {cfg.latency.path}, measured on one kind of executor, but the fleet has several: {said}; "
+            "name a profile of each in fleet.groups[].profile, or take latency=roofline"
+        )
+
+
+def latency_model(cfg: DictConfig, hardware: Hardware, shape: ModelShape, npus: int, profile: str) -> LatencyModel:
+    """How long the steps of a simulated executor take: by its group's own profile, or as `cfg.latency` says."""
+    if profile:
+        from sim.profile import load_latency
+
+        return load_latency(profile)
+    model: LatencyModel = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=npus)
+    return model
 
 
 def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
@@ -445,14 +508,20 @@ def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
     )
 
 
-def steps(cluster: Cluster, folder: Path) -> Iterator[StepSpan]:
-    """What the engines of a run computed when, as far as `backend.record` had it recorded."""
+def spans(cluster: Cluster, folder: Path, tasks: TaskLog) -> Spans:
+    """What happened when, for the timeline; what engines computed as far as `backend.record` had it recorded."""
     from sim.cluster import SimCluster
 
     if isinstance(cluster, SimCluster):
-        yield from cluster.steps
-    for path in sorted((folder / "engines").glob("*.turns.jsonl")):
-        yield from spans(path.name.removesuffix(".turns.jsonl"), read_turns(path))
+        return Spans(tasks, cluster.steps, cluster.transfers)
+    turns = {
+        path.name.removesuffix(".turns.jsonl"): path for path in sorted((folder / "engines").glob("*.turns.jsonl"))
+    }
+    return Spans(
+        tasks,
+        chain.from_iterable(record.spans(name, record.read_turns(path)) for name, path in turns.items()),
+        chain.from_iterable(record.transfers(name, record.read_turns(path)) for name, path in turns.items()),
+    )
 
 
 def notes(cluster: Cluster) -> list[str]:
@@ -475,34 +544,36 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     from real.cluster import Engine, RealCluster, WorkEngine
     from real.metrics import ServingMetrics
 
-    backend, vocab = cfg.backend, model_shape(cfg).vocab
-    device: NullDevice | TorchDevice
-    if device_name(cfg) == "null":
-        acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
-        device = NullDevice(backend.step_s, backend.prefill_token_s, vocab, acceptance)
-    else:
-        device = TorchDevice(
-            model_folder(cfg),
-            device_name(cfg),
-            backend.dtype,
-            backend.threads,
-            backend.ssd_folder,
-            tuple(backend.graph_sizes),
-            draft_model(cfg),
-            backend.memory_share,
+    backend, found, entries = cfg.backend, served(cfg), group_entries(cfg)
+    null = device_name(cfg) == "null"
+    if not null and any(spec.role is Role.TRAINING for spec in entries):
+        raise ValueError(
+            f"fleet.groups has a training group, but backend.device is {device_name(cfg)}: nothing here trains on "
+            "a device; take backend=sim, or backend.device=null, where training sleeps for as long as it would take"
         )
-    engines: dict[ExecutorSpec, Engine | WorkEngine] = {}
-    for group in groups(cfg):
-        spec = group.spec
-        if spec.role is Role.TRAINING and not isinstance(device, NullDevice):
-            raise ValueError(
-                f"fleet.groups has a training group, but backend.device is {device_name(cfg)}: nothing here trains on "
-                "a device; take backend=sim, or backend.device=null, where training sleeps for as long as it would take"
-            )
-        if spec.role in WORKERS:
-            engines[spec] = WorkEngine(worker_slots(cfg, spec), work_times(cfg, spec))
+    vocab = {name: shape_of(cfg, node).vocab for name, node in found.items()}
+    devices: dict[str, NullDevice | TorchDevice] = {}
+    for name in found:
+        if null:
+            acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
+            devices[name] = NullDevice(backend.step_s, backend.prefill_token_s, vocab[name], acceptance)
         else:
-            engines[spec] = Engine(engine_config(cfg, spec), device)
+            devices[name] = TorchDevice(
+                model_folder(cfg, name),
+                device_name(cfg),
+                backend.dtype,
+                backend.threads,
+                backend.ssd_folder,
+                tuple(backend.graph_sizes),
+                draft_model(cfg, name),
+                backend.memory_share,
+            )
+    engines: dict[ExecutorSpec, Engine | WorkEngine] = {}
+    for spec, entry in entries.items():
+        if spec.role in WORKERS:
+            engines[spec] = WorkEngine(entry.slots, work_times(cfg, spec))
+        else:
+            engines[spec] = Engine(engine_config(cfg, spec), devices[spec.model])
     logs = None
     if folder is not None:
         logs = folder / "engines"
@@ -510,7 +581,7 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     return RealCluster(
         actors,
         engines.__getitem__,
-        lambda _: vocab,
+        lambda name: vocab.get(name, min(vocab.values())),  # nobody serves another, so it fails in any case
         sampling(cfg),
         backend.report_period_s,
         logs,
@@ -536,7 +607,7 @@ def device_name(cfg: DictConfig) -> str:
     return "null" if cfg.backend.device is None else str(cfg.backend.device)
 
 
-def draft_model(cfg: DictConfig) -> str | None:
+def draft_model(cfg: DictConfig, name: str | None = None) -> str | None:
     """The folder of the model that guesses. ValueError: it is missing, no model, of another vocabulary, or not used."""
     folder, engine = cfg.backend.draft_model, cfg.engine
     used = engine.speculative_tokens and engine.drafter == "model"
@@ -556,44 +627,10 @@ def draft_model(cfg: DictConfig) -> str | None:
         raise ValueError(f"backend.draft_model is {folder}: there is no config.json of a Hugging Face model")
     from flowserve.models import read_config
 
-    found, wanted = read_config(Path(folder)).vocab_size, model_shape(cfg).vocab
+    found, wanted = read_config(Path(folder)).vocab_size, model_shape(cfg, name).vocab
     if found != wanted:
         raise ValueError(
-            f"backend.draft_model {folder} has a vocabulary of {found} tokens, the model {model_name(cfg)} of "
+            f"backend.draft_model {folder} has a vocabulary of {found} tokens, the model {name or model_name(cfg)} of "
             f"{wanted}: take a smaller model of the same family"
         )
     return str(folder)
-
-
-def model_folder(cfg: DictConfig) -> str:
-    """The model's Hugging Face folder; random weights of its shape, made once, where none is named."""
-    if cfg.model.folder is not None:
-        return str(cfg.model.folder)
-    shape = model_shape(cfg)
-    if shape.parameters > LARGEST_RANDOM_MODEL:
-        raise ValueError(
-            f"model {shape.name} has no weights: name a Hugging Face folder with model.folder=DIR, or take "
-            "model=tiny_llama, whose weights are drawn at random"
-        )
-    from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
-
-    return str(
-        make_checkpoint(
-            shape.name,
-            CheckpointShape(
-                hidden_size=shape.hidden,
-                num_layers=shape.layers,
-                num_heads=shape.heads,
-                num_kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                intermediate_size=shape.intermediate,
-                vocab_size=shape.vocab,
-                family=shape.family,
-                num_experts=shape.experts,
-                experts_per_token=shape.experts_per_token,
-                expert_size=shape.expert_intermediate,
-                dense_layers=shape.layers - shape.sparse_layers if shape.experts else 0,
-                tie=shape.tied_embeddings,
-            ),
-        )
-    )

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.latency import StepShape
-from cluster.metrics import Recorder, RequestTable, Window
+from cluster.metrics import RequestTable, Window
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import ExecutorSpec, Role, to_ns
 from experiments import build
 from experiments.config import compose
 from sim.hardware import Hardware
-from sim.latency import Roofline
+from sim.roofline import Roofline
 
 TERMS = ("efficiency_gemm", "efficiency_bandwidth", "step_overhead_s")
 """What is fitted to a machine's first half of requests."""

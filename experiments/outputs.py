@@ -3,10 +3,10 @@
 | file | one row or entry per | schema |
 |---|---|---|
 | requests.parquet | request | deepflow-requests/1 |
-| executors.parquet | load report | deepflow-executors/1 |
+| executors.parquet | load report | deepflow-executors/2 |
 | scaling.parquet | step in the life of an executor | deepflow-scaling/1 |
 | jobs.parquet | job other than serving, where a run has such | deepflow-jobs/1 |
-| timeline.json | span, for ui.perfetto.dev | deepflow-timeline/1 |
+| timeline.json | span, for ui.perfetto.dev | deepflow-timeline/2 |
 | summary.json | metric, and what the run rests on | deepflow-summary/1 |
 
 The summary is written last: a folder that has one is complete. Times are counted from the start of the run.
@@ -15,7 +15,7 @@ The summary is written last: a folder that has one is complete. Times are counte
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,29 +24,24 @@ import msgspec
 import numpy as np
 
 from cluster.jobs.record import JobRecorder, JobRow
-from cluster.metrics import NONE, Recorder, RequestTable, Slo, Window
-from cluster.vocabulary import NS_PER_S, Outcome, Stage
-from flowserve.core.record import StepSpan
+from cluster.metrics import RequestTable, Slo, Window
+from cluster.recorder import NONE, Recorder
+from cluster.vocabulary import NS_PER_S
+from experiments import timeline
+from experiments.task_log import TaskLog
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMAS = {
     "requests.parquet": "deepflow-requests/1",
-    "executors.parquet": "deepflow-executors/1",
+    "executors.parquet": "deepflow-executors/2",
     "scaling.parquet": "deepflow-scaling/1",
     "jobs.parquet": "deepflow-jobs/1",
     "summary.json": "deepflow-summary/1",
-    "timeline.json": "deepflow-timeline/1",
+    "timeline.json": timeline.SCHEMA,
 }
 _KEY = "deepflow.schema"
-_STAGES = frozenset(str(stage) for stage in Stage)
-
-TIMELINE_REQUESTS = 20_000
-TIMELINE_COUNTERS = 50_000
-TIMELINE_STEPS = 200_000
-"""The timeline shows the first so many requests and engine steps, and thins load reports out to so many: viewers choke
-on more."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +61,17 @@ def write_run(
     provenance: Mapping[str, Any],
     slo: Slo,
     window: Window,
-    steps: Iterable[StepSpan] = (),
+    spans: timeline.Spans | None = None,
     jobs: JobRecorder | None = None,
 ) -> None:
-    """Write all files of a finished run. `summary`: the metrics, as `cluster.metrics.summarise` gives them. `steps`: of
-    the engines, in order of each, for the timeline.
+    """Write all files of a finished run. `summary`: the metrics, as `cluster.metrics.summarise` gives them. `spans`:
+    what happened when, for the timeline. `jobs`: what was recorded of jobs other than serving.
 
     `provenance` may say anything that JSON can; the report looks for these keys, all optional: `backend` (sim or
     real), `basis` (what the times rest on, as "kind: source" or a list of such; kinds are measured, published, derived,
     calibrated), `trace` (where the requests come from), `stand_in` (true: generated in place of a missing file),
     `seed`, `time` (ISO date and time), `machine`, `commit`, `versions` ({package: version}), `config` (nested, as
-    composed) and `notes` (sentences).
+    composed), `models` (the main metrics by model) and `notes` (sentences).
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
@@ -85,7 +80,7 @@ def write_run(
     _write_table(folder / "scaling.parquet", _scaling_columns(recorder))
     if jobs is not None and jobs.rows:
         _write_table(folder / "jobs.parquet", _job_columns(jobs))
-    _write_timeline(folder / "timeline.json", recorder, steps)
+    timeline.write_timeline(folder / "timeline.json", recorder, spans or timeline.Spans(TaskLog(0)))
     _write_json(
         folder / "summary.json",
         {
@@ -120,9 +115,9 @@ def read_summary(folder: Path) -> RunSummary:
 def read_requests(folder: Path) -> "pd.DataFrame":
     """One row per request, in the order they ended. ValueError: no such file, or one of another schema.
 
-    The columns of `Recorder`; `outcome`, `reason`, `executor` (that of the first task to finish); `ttft_s`, `tpot_s`
-    and `e2e_s`, NaN where the request never got that far; `in_window`: it counts in the metrics; `slo_met`, and
-    `ttft_met`, `tpot_met`, `e2e_met`: it finished and met all objectives, or this one (null: no such objective).
+    The columns of `Recorder`; `outcome`, `reason`, `executor` (that of the first task to finish) and `model`; `ttft_s`,
+    `tpot_s` and `e2e_s`, NaN where the request never got that far; `in_window`: it counts in the metrics; `slo_met`,
+    and `ttft_met`, `tpot_met`, `e2e_met`: it finished and met all objectives, or this one (null: no such objective).
     """
     return _read_table(folder / "requests.parquet")
 
@@ -132,7 +127,7 @@ def read_executors(folder: Path) -> "pd.DataFrame":
 
     `time_s`: when the executor was in this state; `age_s`: how old the report was on arrival; `waiting` and `running`
     requests; `waiting_tokens` of prompts; blocks of KV cache: `kv_used` by requests, `kv_total`, and `cached_blocks`
-    with an identity, in use or not; `generated_tokens` and `preemptions` since the executor started.
+    with an identity, in use or not; `generated_tokens`, `preemptions` and `busy_s` since the executor started.
     """
     return _read_table(folder / "executors.parquet")
 
@@ -199,6 +194,7 @@ def _request_columns(recorder: Recorder, slo: Slo, window: Window) -> dict[str, 
     for name in ("first_token_ns", "last_token_ns"):
         columns[name] = np.ma.masked_equal(columns[name], NONE)
     columns |= {"outcome": recorder.outcomes, "reason": recorder.reasons, "executor": recorder.executors}
+    columns["model"] = recorder.models
     columns |= {"ttft_s": table.ttft, "tpot_s": table.tpot, "e2e_s": table.e2e, "in_window": in_window}
     columns["slo_met"] = table.met(slo)
     for name, limit in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s), ("e2e", slo.e2e_s)):
@@ -228,6 +224,7 @@ def _executor_columns(recorder: Recorder) -> dict[str, Any]:
         "cached_blocks": column(load.cached_blocks for load in loads),
         "generated_tokens": column(load.generated_tokens for load in loads),
         "preemptions": column(load.preemptions for load in loads),
+        "busy_s": column(load.busy_ns for load in loads) / NS_PER_S,
         "age_s": (column(load.time for load in loads) - occurred) / NS_PER_S,
     }
 
@@ -273,12 +270,32 @@ def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {
-        name: pa.array(values, pa.string()) if isinstance(values, list) else pa.array(values, from_pandas=True)
-        for name, values in columns.items()
-    }
-    table = pa.table(arrays).replace_schema_metadata({_KEY: SCHEMAS[path.name]})
+    arrays = [_array(values) for values in columns.values()]
+    table = pa.Table.from_arrays(arrays, names=list(columns), metadata={_KEY: SCHEMAS[path.name]})
     pq.write_table(table, path, compression="zstd")
+
+
+def _array(values: Any) -> Any:
+    """A column of pyarrow, null where a float is NaN or a masked value is masked.
+
+    Made from buffers: whatever goes through `pyarrow.array` imports pandas, which takes longer than all the writing.
+    """
+    import pyarrow as pa
+
+    size = len(values)
+    if isinstance(values, list):
+        texts = [value.encode() for value in values]
+        ends = np.zeros(size + 1, np.int32)
+        np.cumsum(np.fromiter(map(len, texts), np.int32, size), out=ends[1:])
+        return pa.StringArray.from_buffers(size, pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
+    data, missing = np.ma.getdata(values), np.ma.getmaskarray(values)
+    if data.dtype.kind == "f":
+        missing = missing | np.isnan(data)
+    kind = pa.from_numpy_dtype(data.dtype)
+    if data.dtype.kind == "b":
+        data = np.packbits(data, bitorder="little")
+    valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
+    return pa.Array.from_buffers(kind, size, [valid, pa.py_buffer(np.ascontiguousarray(data))])
 
 
 # -- JSON ---------------------------------------------------------------------------------------------------------
@@ -306,132 +323,3 @@ def _plain(value: Any) -> Any:
             return value
         case _:
             return str(value)
-
-
-# -- timeline -----------------------------------------------------------------------------------------------------
-
-
-def _write_timeline(path: Path, recorder: Recorder, steps: Iterable[StepSpan]) -> None:
-    """Trace events as Chrome and Perfetto read them: a process per executor, with its life, its load, its requests."""
-    names = dict.fromkeys(executor for _, executor, _, _ in recorder.scaling)
-    names |= dict.fromkeys(load.executor for load in recorder.loads)
-    names |= dict.fromkeys(name for name in recorder.executors if name)
-    pids = {name: number for number, name in enumerate(names, start=1)}
-    pids[""] = len(pids) + 1
-    encode = msgspec.json.Encoder().encode
-    other = {
-        "schema": SCHEMAS[path.name],
-        "requests": f"{min(len(recorder.outcomes), TIMELINE_REQUESTS)} of {len(recorder.outcomes)}",
-        "executor": "a request is drawn at the executor that finished its first task",
-    }
-    with path.open("wb") as out:
-        out.write(b'{"displayTimeUnit":"ms","otherData":' + encode(other) + b',"traceEvents":[\n')
-        separator = b""
-        parts = (_names(pids), _life(recorder, pids), _steps(steps, pids))
-        for part in (*parts, _counters(recorder, pids), _requests(recorder, pids)):
-            for event in part:
-                out.write(separator + encode(event))
-                separator = b",\n"
-        out.write(b"\n]}\n")
-
-
-def _names(pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    for name, pid in pids.items():
-        shown = name or "no executor finished these"
-        yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": shown}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
-        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": 1, "args": {"name": "life"}}
-        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": 2, "args": {"name": "steps"}}
-
-
-def _life(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """Spans from launch to ready, with the stages in them, and from ready to the end of the executor or of the run."""
-    since: dict[str, tuple[str, int]] = {}
-    spans: list[tuple[int, int, str, str]] = []
-    for time, executor, what, took in sorted(recorder.scaling, key=lambda step: step[0]):
-        if what in _STAGES:
-            spans.append((time - took, time, what, executor))
-            continue
-        if what in ("ready", "retired", "failed") and executor in since:
-            name, start = since.pop(executor)
-            spans.append((start, time, name, executor))
-        if what in ("launch", "ready"):
-            since[executor] = ("launching" if what == "launch" else "serving", time)
-        else:
-            yield {"ph": "i", "s": "p", "name": what, "ts": time / 1e3, "pid": pids[executor], "tid": 1, "cat": "life"}
-    spans += [(start, max(start, recorder.end_ns), name, executor) for executor, (name, start) in since.items()]
-    for start, end, name, executor in sorted(spans, key=lambda span: (span[0], -span[1])):  # the outer one first
-        where = {"pid": pids[executor], "tid": 1, "cat": "life"}
-        yield {"ph": "X", "name": name, "ts": start / 1e3, "dur": (end - start) / 1e3, **where}
-
-
-def _steps(steps: Iterable[StepSpan], pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """What each engine computed: a span per step, or for as many steps as only went on decoding one batch."""
-    for number, step in enumerate(steps):
-        if number == TIMELINE_STEPS:
-            return
-        shape = step.shape
-        parts = [f"{shape.prefill_tokens} prompt tokens"] if shape.prefill_tokens else []
-        parts += [f"{shape.decode_sequences} decodes"] if shape.decode_sequences else []
-        args = {"steps": step.steps, **shape._asdict()}
-        times = {"ts": step.start_ns / 1e3, "dur": (step.end_ns - step.start_ns) / 1e3}
-        yield {
-            "ph": "X",
-            "name": " + ".join(parts),
-            "cat": "step",
-            "pid": pids.get(step.executor, pids[""]),
-            "tid": 2,
-            **times,
-            "args": args,
-        }
-
-
-def _counters(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    every = math.ceil(len(recorder.loads) / TIMELINE_COUNTERS)
-    seen: dict[str, int] = {}
-    for load in recorder.loads:
-        number = seen[load.executor] = seen.get(load.executor, -1) + 1
-        if number % every:
-            continue
-        where = {"ph": "C", "ts": load.occurred / 1e3, "pid": pids[load.executor]}
-        yield {**where, "name": "running", "args": {"requests": load.running}}
-        yield {**where, "name": "waiting", "args": {"requests": load.waiting}}
-        used = (load.total_blocks - load.free_blocks) / max(1, load.total_blocks)
-        yield {**where, "name": "KV cache used", "args": {"percent": round(100 * used, 2)}}
-
-
-def _requests(recorder: Recorder, pids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """Per request a span from arrival to end, in it prefill (to the first token, queueing included) and decode."""
-    columns = [recorder.requests[name] for name in ("request_id", "arrival_ns", "first_token_ns", "last_token_ns")]
-    details = [recorder.requests[name] for name in ("prompt_tokens", "output_tokens", "cached_tokens", "preemptions")]
-    for row in _first_to_arrive(columns[1]):
-        request_id, arrival, first, last = (column[row] for column in columns)
-        outcome = recorder.outcomes[row]
-        unfinished = outcome == "unfinished"
-        known_end = recorder.end_ns if unfinished else last if last != NONE else first if first != NONE else arrival
-        args: dict[str, Any] = {"request": request_id, "outcome": outcome}
-        args |= {name: column[row] for name, column in zip(_DETAILS, details, strict=True)}
-        if outcome != Outcome.FINISHED:
-            args["reason"] = recorder.reasons[row]
-        common = {"cat": "request", "id": hex(request_id), "pid": pids[recorder.executors[row]], "tid": 1}
-
-        def edge(ph: str, name: str, time: int, common: dict[str, Any] = common, **more: Any) -> dict[str, Any]:
-            return {"ph": ph, "name": name, "ts": time / 1e3, **common, **more}
-
-        yield edge("b", "request", arrival, args=args)
-        phases = [("prefill", arrival, first if first != NONE else known_end)]
-        if first != NONE and known_end > first:
-            phases.append(("decode", first, known_end))
-        for name, start, end in phases:
-            if end > start:
-                yield edge("b", name, start)
-                yield edge("e", name, end)
-        yield edge("e", "request", known_end)
-
-
-_DETAILS = ("prompt_tokens", "output_tokens", "cached_tokens", "preemptions")
-
-
-def _first_to_arrive(arrivals: Sequence[int]) -> list[int]:
-    order = np.argsort(np.asarray(arrivals, np.int64), kind="stable")[:TIMELINE_REQUESTS]
-    return [int(row) for row in order]

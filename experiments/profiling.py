@@ -11,10 +11,10 @@ import numpy.typing as npt
 from omegaconf import DictConfig
 
 from cluster.actions import DispatchTask
-from cluster.control import Decision
+from cluster.decision_log import Decision
 from cluster.events import FirstToken
 from cluster.latency import StepShape
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request, Trigger
 from cluster.streams import stream
 from cluster.vocabulary import Stage, to_s

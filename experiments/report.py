@@ -31,6 +31,7 @@ from experiments.report_figures import (
     together,
 )
 from experiments.tables import (
+    COST,
     METRICS,
     UNKNOWN,
     Metric,
@@ -101,12 +102,14 @@ def write_report(path: Path, title: str, runs: Sequence[ReportRun], comparison: 
         _head(title, loaded),
         _alerts(loaded, unread),
         _main_metrics(loaded),
+        _models(loaded),
         _jobs(loaded),
         _differences(loaded),
         _errors([row for row in comparison if row.reference is not None]),
         _attainment(loaded),
         _latency(loaded, figures),
         _over_time(loaded, figures),
+        _cost(loaded),
         _basis(loaded),
         _all_metrics(loaded),
         _notes(loaded),
@@ -291,7 +294,8 @@ def _main_metrics(runs: Sequence[Run]) -> str:
         return _section("Results", _tiles(runs[0]) + _percentiles(runs[0]))
     rows = [Row(run.name, run.summary.metrics) for run in runs]
     best: dict[str, float] = {}
-    for metric in METRICS:
+    shown = [*METRICS, *([COST] if any(not math.isnan(row.value(COST)) for row in rows) else [])]
+    for metric in shown:
         usable = [row for row in rows if row.summary.get("finished")]
         known = [value for row in usable if not math.isnan(value := row.value(metric))]
         if len(set(known)) > 1:
@@ -299,15 +303,31 @@ def _main_metrics(runs: Sequence[Run]) -> str:
     body = []
     for run, row in zip(runs, rows, strict=True):
         cells = [_named(run, runs), count(run.metric("requests")), count(run.metric("finished"))]
-        for metric in METRICS:
+        for metric in shown:
             value = row.value(metric)
             text = _value(metric, value)
             cells.append(f'<b class="best">{text}</b>' if value == best.get(metric.key) else text)
         body.append(cells)
-    units = {"/s": "/s", "NPU s": " (s)"}
-    head = ["Run", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
+    units = {"/s": "/s", "NPU s": " (s)", "$": " ($)"}
+    head = ["Run", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in shown)]
     note = "Best of each column in bold." if best else ""
     return _section("Results", _table(head, body), note)
+
+
+def _models(runs: Sequence[Run]) -> str:
+    """The main metrics by model, of runs that served several."""
+    body = []
+    for run in runs:
+        for name, metrics in (run.said("models") or {}).items():
+            row = Row(name, metrics)
+            cells = [_text(name), count(metrics["requests"]), count(metrics["finished"])]
+            body.append(
+                [*([_named(run, runs)] if len(runs) > 1 else []), *cells, *(_value(m, row.value(m)) for m in METRICS)]
+            )
+    units = {"/s": "/s", "NPU s": " (s)"}
+    head = ["Model", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
+    head = ["Run", *head] if len(runs) > 1 else head
+    return _section("By model", _table(head, body) if body else "", "The most asked for first.")
 
 
 def _jobs(runs: Sequence[Run]) -> str:
@@ -327,6 +347,9 @@ def _tiles(run: Run) -> str:
         ("NPU time", f"{three_digits(run.metric('npu_seconds'))} <small>NPU s</small>", "paid, idle included"),
     ]
     kinds = ["", "", "", "bad" if lost else "", ""]
+    if not math.isnan(cost := run.metric(COST.key)):
+        tiles.append(("Cost", f"{three_digits(cost)} <small>$</small>", "per million output tokens"))
+        kinds.append("")
     return '<div class="tiles">{}</div>'.format(
         "".join(
             f'<div class="tile {kind}"><span>{name}</span><strong>{value}</strong><em>{note}</em></div>'
@@ -345,6 +368,31 @@ def _percentiles(run: Run) -> str:
         met = "" if limit is None else _bar(run.share_met(key))
         rows.append([f"<b>{title}</b> <small>{meaning}</small>", *values, objective, met])
     return _table(["", "p50", "p90", "p99", "mean", "objective", "met by"], rows, "percentiles")
+
+
+_COSTS = (
+    ("npu_hours", "NPU-hours"),
+    ("busy_share", "computing"),
+    ("energy_kwh", "energy (kWh)"),
+    ("cost_usd", "cost ($)"),
+    ("npu_hours_per_million_tokens", "NPU-hours per M tokens"),
+    ("energy_kwh_per_million_tokens", "kWh per M tokens"),
+    (COST.key, "$ per M tokens"),
+)
+
+
+def _cost(runs: Sequence[Run]) -> str:
+    """What the whole run took, and what a million output tokens came to."""
+    known = [(key, title) for key, title in _COSTS if any(not math.isnan(run.metric(key)) for run in runs)]
+    body = [
+        [_named(run, runs), *((share if key == "busy_share" else three_digits)(run.metric(key)) for key, _ in known)]
+        for run in runs
+    ]
+    lead = (
+        "Of the whole run, each executor at the rates of its own hardware, starting up and idle included; prices and "
+        "watts, and whether they are published or assumed, stand in conf/hardware. Tokens are those of the answers."
+    )
+    return _section("Cost", _table(["Run", *(title for _, title in known)], body) if known else "", lead)
 
 
 def _errors(rows: Sequence[Row]) -> str:
@@ -530,7 +578,7 @@ def _basis(runs: Sequence[Run]) -> str:
 
 
 def _printed(run: Run) -> str:
-    keep = {key: value for key, value in run.summary.provenance.items() if key not in ("basis", "notes")}
+    keep = {key: value for key, value in run.summary.provenance.items() if key not in ("basis", "models", "notes")}
     return json.dumps(keep, indent=2, ensure_ascii=False)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,16 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.jobs.metrics import summarise_jobs
 from cluster.jobs.record import JobRecorder
-from cluster.metrics import Recorder, summarise
+from cluster.metrics import by_model, summarise
+from cluster.recorder import Recorder
 from cluster.seam import Cluster
 from experiments import build
 from experiments.config import plain
+from experiments.models import served
 from experiments.progress import ProgressBar
-from flowserve.core.record import StepSpan
+from experiments.task_log import TaskLog
+from experiments.timeline import TIMELINE_REQUESTS, Spans
+from experiments.watch import Watch
 
 _TICK = 512
 
@@ -26,7 +29,8 @@ _TICK = 512
 class RunResult(NamedTuple):
     """What a run leaves: its folder, the metrics by name (times in seconds), the records behind them.
 
-    `source`: where the workload is from, a stand-in said to be one. `jobs`: records of jobs other than serving.
+    `source`: where the workload is from, a stand-in said to be one. `models`: the main metrics by model, where requests
+    asked for several. `notes`: what a reader of the results must know. `jobs`: records of jobs other than serving.
     """
 
     folder: Path
@@ -34,14 +38,18 @@ class RunResult(NamedTuple):
     recorder: Recorder
     interrupted: bool
     source: str
+    models: dict[str, dict[str, float]]
+    notes: list[str]
     jobs: JobRecorder
 
 
-def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -> RunResult:
+def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None, spent_s: float = 0.0) -> RunResult:
     """Run one experiment and write its results to `folder` (default: `cfg.out`, else a new folder below `runs/`).
 
-    Raises ValueError for whatever the user can mend. Ctrl-C ends the run early; what there is, is written.
+    `spent_s`: seconds that went by before this call and count as start-up (`startup_s` in the summary). Raises
+    ValueError for whatever the user can mend. Ctrl-C ends the run early; what there is, is written.
     """
+    called = time.monotonic()
     folder = folder or (Path(cfg.out) if cfg.out else _new_folder(str(cfg.backend.name)))
     build.check_types(cfg)
     slo, window = build.objectives(cfg)
@@ -54,8 +62,14 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -
         if cfg.decisions:
             control.log_to(stack.enter_context((folder / "decisions.jsonl").open("wb")))
         started = time.monotonic()
-        bar = ProgressBar(cfg.trace.limit, label or f"{cfg.backend.name} run", enabled=cfg.progress)
-        interrupted = drive(control, cluster, stack.enter_context(bar), cfg.backend.name == "sim")
+        label = label or f"{cfg.backend.name} run"
+        bar = (
+            Watch(control, cfg.trace.limit, label)
+            if cfg.watch
+            else ProgressBar(cfg.trace.limit, label, enabled=cfg.progress)
+        )
+        tasks = TaskLog(TIMELINE_REQUESTS)
+        interrupted = drive(control, cluster, stack.enter_context(bar), cfg.backend.name == "sim", tasks)
         wall_s = time.monotonic() - started
     recorder.censor()
     jobs = control.work.recorder if control.work is not None else JobRecorder()
@@ -64,12 +78,16 @@ def run(cfg: DictConfig, folder: Path | None = None, label: str | None = None) -
             raise KeyboardInterrupt  # before the first request: there is nothing to write
         raise ValueError("no request arrived: the trace is empty, or every arrival waits for one that never comes")
     summary = summarise(recorder, slo, window) | summarise_jobs(jobs, recorder)
+    summary |= build.costs(cfg, recorder)
+    summary["startup_s"] = spent_s + started - called
     summary["wall_s"] = wall_s
     summary["never_sent"] = control.client.never_sent
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    steps, notes = build.steps(cluster, folder), build.notes(cluster)
-    _write(folder, cfg, recorder, summary, workload, slo, window, steps, notes, jobs)
-    return RunResult(folder, summary, recorder, interrupted, workload.source, jobs)
+    models = by_model(recorder, slo, window) if len(set(recorder.models)) > 1 else {}
+    notes = build.notes(cluster)
+    about = provenance(cfg, workload) | {"notes": notes} | ({"models": models} if models else {})
+    _write(folder, cfg, recorder, summary, about, slo, window, build.spans(cluster, folder, tasks), jobs)
+    return RunResult(folder, summary, recorder, interrupted, workload.source, models, notes, jobs)
 
 
 def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
@@ -80,19 +98,32 @@ def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
     return result
 
 
-def drive(control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, simulated: bool) -> bool:
-    """Let the control plane run the cluster until the run ends. True if the user interrupted it."""
+def drive(
+    control: ControlPlane[Client], cluster: Cluster, bar: ProgressBar, simulated: bool, tasks: TaskLog | None = None
+) -> bool:
+    """Let the control plane run the cluster until the run ends. True if the user interrupted it.
+
+    `tasks`: notes them for the timeline.
+    """
+    note = (tasks or TaskLog(0)).record
     ticks = 0
+    ended, open_requests = control.recorder.outcomes, control.client.due
+
+    def tell(now_ns: int) -> None:
+        bar.update(len(ended), now_ns / 1e9 if simulated else None, len(open_requests))
+
     try:
         while (event := cluster.next_event()) is not None:
-            for action in control.on_event(event):
+            actions = control.on_event(event)
+            for action in actions:
                 cluster.submit(action)
+            note(event, actions)
             ticks += 1
             if not ticks % _TICK:
-                bar.update(len(control.recorder.outcomes), event.time / 1e9 if simulated else None)
+                tell(event.time)
     except KeyboardInterrupt:
         return True
-    bar.update(len(control.recorder.outcomes), control.recorder.end_ns / 1e9 if simulated else None)
+    tell(control.recorder.end_ns)
     return False
 
 
@@ -101,16 +132,15 @@ def _write(
     cfg: DictConfig,
     recorder: Recorder,
     summary: Any,
-    workload: Any,
+    about: dict[str, Any],
     slo: Any,
     window: Any,
-    steps: Iterable[StepSpan],
-    notes: list[str],
+    spans: Spans,
     jobs: JobRecorder,
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, provenance(cfg, workload) | {"notes": notes}, slo, window, steps, jobs)
+    write_run(folder, recorder, summary, about, slo, window, spans, jobs)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 
@@ -120,7 +150,9 @@ def _write(
 def title(cfg: DictConfig) -> str:
     """A run in a few words."""
     policy = str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1]
-    return f"{policy} on {cfg.backend.name} {cfg.hardware.name}, {build.model_name(cfg)}"
+    models = served(cfg)
+    what = next(iter(models)) if len(models) == 1 else f"{len(models)} models"
+    return f"{policy} on {cfg.backend.name} {cfg.hardware.name}, {what}"
 
 
 def provenance(cfg: DictConfig, workload: build.Workload) -> dict[str, Any]:

@@ -15,12 +15,12 @@ _THIN = "\u202f"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number of `summary.json` that runs are compared by. `unit`: s, share (of one), /s, or NPU s."""
+    """A number of `summary.json` that runs are compared by. `unit`: s, share (of one), /s, NPU s, or $."""
 
     key: str
     group: str
     column: str
-    unit: Literal["s", "share", "/s", "NPU s"]
+    unit: Literal["s", "share", "/s", "NPU s", "$"]
     better: Literal["lower", "higher"]
 
     @property
@@ -39,6 +39,8 @@ METRICS = (
     Metric("goodput_rps", "goodput", "", "/s", "higher"),
     Metric("npu_seconds", "NPU time", "", "NPU s", "lower"),
 )
+COST = Metric("cost_usd_per_million_tokens", "cost per M tokens", "", "$", "lower")
+"""Shown where it is known. Its error would be that of the NPU time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +138,16 @@ class _Column:
 def format_table(rows: Sequence[Row], width: int = 150) -> str:
     """All rows under one heading, numbers right-aligned, one unit per column; labels are cut to fit into `width`.
 
-    Columns "sim vs real", the relative error of each metric, are there when a row has a reference.
+    Columns "sim vs real", the relative error of each metric, are there when a row has a reference; the cost per
+    million output tokens otherwise, where it is known.
     """
     if not rows:
         return "no runs to compare"
     values = [_column(rows, metric) for metric in METRICS]
     errors = []
-    if any(row.reference is not None for row in rows):
+    if all(row.reference is None for row in rows):
+        values += [_column(rows, COST)] if any(not math.isnan(row.value(COST)) for row in rows) else []
+    else:
         errors = [_error_column(rows, metric) for metric in METRICS]
     lines: list[str] = []
     for gap in (2, 1):
@@ -179,6 +184,8 @@ def _column(rows: Sequence[Row], metric: Metric) -> _Column:
             return _Column("SLO", "met %", [share(value).removesuffix(" %") for value in values])
         case "/s":
             return _Column("goodput", "req/s", [_fixed(value, _digits(values)) for value in values])
+        case "$":
+            return _Column("cost", "$/Mtok", [_fixed(value, _digits(values)) for value in values])
         case _:
             return _Column("NPU", "s", [_fixed(value, _digits(values)) for value in values])
 

@@ -38,8 +38,8 @@ from cluster.seam import Cluster
 from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
 from cluster.work import WORK, OperationTime, Secrets, WorkTask
 from flowserve.core import messages
+from flowserve.core.config import EngineConfig
 from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost, ReleaseContext
-from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime import wire
 from flowserve.runtime.log import LEVELS
 from flowserve.runtime.runner import KvHandle

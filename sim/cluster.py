@@ -36,6 +36,7 @@ from cluster.seam import Cluster
 from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
 from cluster.work import WORK, OperationTime, Secrets, WorkTask
 from flowserve.core import messages
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TransferTime
 from flowserve.core.messages import (
     Abort,
@@ -51,17 +52,19 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Outbox, Transfer
 from flowserve.core.plan import Verify
-from flowserve.core.record import StepSpan
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.record import StepSpan, TransferSpan
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
 from flowserve.core.worker import Worker
+from sim.alarm import NORMAL, Alarm
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
 from sim.worker import SimWorker
 
 NEVER = float("inf")
+MOST_TRANSFERS = 50_000
+"""So many are remembered."""
 
 
 class Delays(msgspec.Struct, frozen=True):
@@ -131,7 +134,8 @@ class SimCluster(Cluster):
 
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
     `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
-    keep what every executor computed when, in `steps`. `latencies`: the models that executors have used so far.
+    keep what every executor computed when, in `steps`, and copies between tiers beside the first transfers between
+    executors in `transfers`. `latencies`: the models that executors have used so far.
     """
 
     def __init__(
@@ -145,10 +149,12 @@ class SimCluster(Cluster):
         record: bool = False,
     ) -> None:
         self.steps: list[StepSpan] = []
+        self.transfers: list[TransferSpan] = []
         self.latencies: list[LatencyModel] = []
         self._record = self.steps.append if record else None
         self.env = simpy.Environment()
         self.executors: dict[str, SimExecutor] = {}
+        self._peers: dict[str, dict[str, SimExecutor]] = {}  # by model: those that may exchange KV cache
         self._node_for = node_for
         self.workers: dict[str, SimWorker] = {}
         self._report_to = tuple(actor for actor in actors if actor not in ("client", WORK))
@@ -213,7 +219,7 @@ class SimCluster(Cluster):
         _PERFORM.get(type(action), SimCluster._relay)(self, action)
 
     def _set_timer(self, action: SetTimer) -> None:
-        self._at(max(0, action.at_ns - self.now()), lambda: self._timer(action))
+        self._at(max(0, action.at_ns - self.now()), partial(self._timer, action))
 
     def _abort(self, action: AbortTask) -> None:
         self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
@@ -291,7 +297,7 @@ class SimCluster(Cluster):
         latency = node.latency()
         if latency not in self.latencies:
             self.latencies.append(latency)
-        self.executors[action.executor] = SimExecutor(
+        executor = SimExecutor(
             self.env,
             shell,
             latency,
@@ -304,6 +310,8 @@ class SimCluster(Cluster):
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
         )
+        self.executors[action.executor] = executor
+        self._peers.setdefault(action.spec.model, {})[action.executor] = executor
         self._emit(
             ev.ExecutorReady(
                 to="cm",
@@ -430,10 +438,12 @@ class SimCluster(Cluster):
             self._dismiss(name)
             return
         executor.kill()
+        peers = self._peers[executor.shell.shell.spec.model]
+        del peers[name]
         for task_id, (job_executor, task) in self._tasks.pop(name).items():
             sequence = executor.shell.core.sequence(task_id)
             self._lose(name, job_executor, task, task.generated if sequence is None else sequence.generated)
-        for other in self.executors.values():
+        for other in peers.values():
             other.receive(PeerLost(name))
 
     def _lose(self, executor: str, job_executor: str, task: Task, generated: int) -> None:
@@ -477,39 +487,60 @@ class SimCluster(Cluster):
         segments = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
         num_bytes = len(move.source_blocks) * node.block_bytes
         done = self._tier_links[name].transfer(now, move.source, move.target, num_bytes, segments)
-        self._at(done - now, lambda: self._send(name, KvMoved(move.ticket, True), 0))
+        self._at(done - now, partial(self._moved, name, move, now, num_bytes, segments))
+
+    def _moved(self, name: str, move: Move, asked: int, num_bytes: int, pieces: int) -> None:
+        if self._record is not None:
+            source, target = (f"{name} {tier.name}" for tier in (move.source, move.target))
+            blocks = len(move.source_blocks)
+            self.transfers.append(TransferSpan(source, target, asked, self.now(), blocks, num_bytes, pieces))
+        self._send(name, KvMoved(move.ticket, True), 0)
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
         node, now = self._nodes[name], self.now()
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
-        done = self._links[transfer.source].transfer(now, num_bytes, runs * node.kv_segments)
+        pieces = runs * node.kv_segments
+        done = self._links[transfer.source].transfer(now, num_bytes, pieces)
+        self._at(done - now, partial(self._transferred, name, transfer, now, num_bytes, pieces))
 
-        def end() -> None:  # a source that died in the middle took the rest of the KV cache with it
-            self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
-
-        self._at(done - now, end)
+    def _transferred(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int) -> None:
+        """A source that died in the middle took the rest of the KV cache with it."""
+        if len(self.transfers) < MOST_TRANSFERS:
+            source, blocks, task_id = transfer.source, len(transfer.blocks), transfer.task_id
+            self.transfers.append(TransferSpan(source, name, asked, self.now(), blocks, num_bytes, pieces, task_id))
+        self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
 
     def _send(self, name: str, message: Message, delay: int) -> None:
-        def arrive() -> None:
-            executor = self.executors.get(name) or self.workers.get(name)
-            if executor is not None:
-                executor.receive(message)
-
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
-        self.env.timeout(delay).callbacks.append(lambda _: arrive())
+        self._after(delay, partial(self._arrive, name, message))
+
+    def _arrive(self, name: str, message: Message, _: simpy.Event) -> None:
+        executor = self.executors.get(name) or self.workers.get(name)
+        if executor is not None:
+            executor.receive(message)
 
     def _emit(self, event: ev.Event, delay: int = 0) -> None:
         if delay:
-            self._at(delay, lambda: self._events.append(event))
+            self._after(delay, partial(self._heard, event))
         else:
             self._events.append(event)
 
+    def _heard(self, event: ev.Event, _: simpy.Event) -> None:
+        self._events.append(event)
+
     def _at(self, delay: int, action: Callable[[], None]) -> None:
         if delay:
-            self.env.timeout(delay).callbacks.append(lambda _: action())
+            self._after(delay, partial(_call, action))
         else:
             action()
+
+    def _after(self, delay: int, callback: Callable[[simpy.Event], None]) -> None:
+        Alarm(self.env, delay, NORMAL, callback)
+
+
+def _call(action: Callable[[], None], _: simpy.Event) -> None:
+    action()
 
 
 _PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {

@@ -7,8 +7,7 @@ single steps give (`coalesce=False`), to the nanosecond.
 
 import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from itertools import accumulate, islice
+from collections.abc import Callable, Mapping
 
 import simpy
 from simpy.events import EventPriority
@@ -19,8 +18,10 @@ from cluster.request import Answer
 from flowserve.core.messages import Dispatch, Message
 from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
+from flowserve.core.scheduler import NONE
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.task_executor import TaskExecutor
+from sim.alarm import Alarm
 
 LONGEST_SEGMENT = 4096
 STEPS_AT_A_TIME = 64
@@ -30,23 +31,6 @@ _BEFORE_ALL = -(1 << 40)
 
 def _nothing_right(verify: Verify) -> int:
     return 1
-
-
-class _StepEnd(simpy.Event):
-    """Fires ahead of everything else at its time: a step that ends as a message arrives has ended.
-
-    Steps that end at the same time do so in the order of the executors' numbers, not of when they were scheduled,
-    which a segment does earlier than single steps.
-    """
-
-    def __init__(
-        self, env: simpy.Environment, delay: int, priority: EventPriority, callback: Callable[[simpy.Event], None]
-    ) -> None:
-        self.env = env  # like SimPy's own timeouts, without the base class's detour
-        self.callbacks = [callback]
-        self._ok = True
-        self._value = None
-        env.schedule(self, priority, delay)
 
 
 class SimExecutor:
@@ -122,7 +106,8 @@ class SimExecutor:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
         ended = bisect_right(self._ends, self._env.now)
         if ended and ended < len(self._ends):
-            self._write_down(ended)
+            if self._record is not None:
+                self._write_down(ended)
             self.shell.advance(self._ends[:ended])
             self.steps += ended
             del self._ends[:ended]
@@ -131,17 +116,13 @@ class SimExecutor:
 
     def _next_step(self) -> None:
         """What a real engine loop does between two steps: messages in, schedule, outbox out, launch."""
-        now, shell = int(self._env.now), self.shell
-        messages, self._inbox = self._inbox, []
-        for message in messages:
-            ids: identity.BlockIds = ()
-            if isinstance(message, Dispatch):
-                request = message.task.request
-                known = self._answers[request.request_id].block_ids or request.block_ids
-                ids = identity.of_context(request.request_id, request.max_tokens, known)
-            shell.receive(message, now, ids)
-        ahead = bool(self._core.in_flight)
-        in_flight, most = self._core.in_flight, self._core.config.max_in_flight
+        now, shell, in_flight = int(self._env.now), self.shell, self._core.in_flight
+        if self._inbox:
+            messages, self._inbox = self._inbox, []
+            for message in messages:
+                shell.receive(message, now, self._context(message) if isinstance(message, Dispatch) else ())
+        ahead = bool(in_flight)
+        most = self._core.config.max_in_flight
         while len(in_flight) < most and shell.next_plan() is not None:
             pass
         if in_flight:
@@ -150,42 +131,73 @@ class SimExecutor:
             self._wait_for(max(now, shell.report_due))
         self._deliver(shell)
 
+    def _context(self, message: Dispatch) -> identity.BlockIds:
+        """Block identities of prompt and answer: what the tokens will be is the sampler's to know."""
+        request = message.task.request
+        known = self._answers[request.request_id].block_ids or request.block_ids
+        return identity.of_context(request.request_id, request.max_tokens, known)
+
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
-        now = int(self._env.now)
-        took = self._latency.step_ns(plan.shape)
-        if self._slowdown is not None:
-            took = round(took * self._slowdown())
-        end = now + (max(took, self._host) if ahead else took + self._host)
-        self._ends, self._since = [end], now
+        now, steps = int(self._env.now), 0
         if plan.decodes is not self._batch:
             self._find_stops(plan)
-        if self._coalesce and self._slowdown is None and end < self.shell.next_report:
-            self._extend(plan)
+        self._since = now
+        if self._coalesce and self._slowdown is None:
+            steps = self._steps_behind(plan)
+        if steps and not plan.chunks:
+            self._ends = []
+            self._extend(plan, steps + 1, now, ahead)
+        else:
+            took = self._latency.step_ns(plan.shape)
+            if self._slowdown is not None:
+                took = round(took * self._slowdown())
+            end = now + (max(took, self._host) if ahead else took + self._host)
+            self._ends = [end]
+            if steps:
+                self._extend(plan, steps, end, ahead)
         self._wait_for(self._ends[-1])
 
-    def _extend(self, plan: Plan) -> None:
-        """Let the segment go on behind its first step: up to a stop, a load report, or a step that is different."""
-        core, due, ends = self._core, self.shell.next_report, self._ends
-        stop = self._next_stop() if plan.decodes else None
-        steps = core.steady_steps(LONGEST_SEGMENT if stop is None else min(stop - plan.clock, LONGEST_SEGMENT))
-        batch, context = plan.shape.decode_sequences, plan.shape.decode_context
-        while steps > 0 and ends[-1] < due:
+    def _steps_behind(self, plan: Plan) -> int:
+        """How many steps may follow the first of a segment: up to a stop, or a step that is different."""
+        most = LONGEST_SEGMENT
+        if plan.decodes:
+            stop = self._next_stop()
+            if stop is not None and stop - plan.clock < most:
+                most = stop - plan.clock
+                if most <= 0:
+                    return 0
+        return self._core.steady_steps(most)
+
+    def _extend(self, plan: Plan, steps: int, end: int, ahead: bool) -> None:
+        """Let the segment, which ends at `end` by now, go on for so many steps, or until a load report is due."""
+        due, ends, host = self.shell.next_report, self._ends, self._host
+        _, _, _, batch, context, _ = plan.shape
+        while steps > 0 and (end < due or not ends):
             count = min(steps, STEPS_AT_A_TIME)
             done = len(ends)
             if plan.chunks:
                 took = [self._latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
             else:
                 took = self._latency.decode_ns(batch, context + batch * done, count)
-            if self._host:
-                ahead = len(core.in_flight) > 1
-                took = [max(each, self._host) if ahead else each + self._host for each in took]
-            ends += islice(accumulate(took, initial=ends[-1]), 1, None)
+            if host:
+                hidden = len(self._core.in_flight) > 1
+                first = max(took[0], host) if (hidden if done else ahead) else took[0] + host
+                took = [first, *(max(each, host) if hidden else each + host for each in took[1:])]
+            for each in took:
+                end += each
+                ends.append(end)
             steps -= count
-        del ends[bisect_left(ends, due) + 1 :]
+        if end >= due:
+            del ends[bisect_left(ends, due) + 1 :]
 
     def _wait_for(self, time: int) -> None:
-        self._timer = _StepEnd(self._env, time - int(self._env.now), self._priority, self._on_timer)
+        """Wake up ahead of everything else at that time: a step that ends as a message arrives has ended.
+
+        Steps that end at the same time do so in the order of the executors' numbers, not of when they were scheduled,
+        which a segment does earlier than single steps.
+        """
+        self._timer = Alarm(self._env, time - int(self._env.now), self._priority, self._on_timer)
 
     def _on_timer(self, timer: simpy.Event) -> None:
         if timer is not self._timer:
@@ -193,12 +205,14 @@ class SimExecutor:
         now, shell, ends = int(self._env.now), self.shell, self._ends
         if self._core.in_flight:
             plan = self._core.in_flight[0]
-            self._write_down(len(ends))
+            if self._record is not None:
+                self._write_down(len(ends))
             self.steps += len(ends)
             if len(ends) > 1:
-                shell.advance(ends[:-1])
+                ends.pop()
+                shell.advance(ends)
             self._ends = []
-            accepted = self._accepted(plan) if plan.verifies else {}
+            accepted = self._accepted(plan) if plan.verifies else NONE
             shell.complete(plan, self._stopped(plan, accepted), now, accepted)
         else:
             shell.report(now)
@@ -206,8 +220,7 @@ class SimExecutor:
 
     def _write_down(self, steps: int) -> None:
         """The first `steps` of the segment are over: one span where they only decoded, else one for each chunk."""
-        if self._record is None:
-            return
+        assert self._record is not None
         plan, name = self._core.in_flight[0], self.shell.shell.name
         spans = enumerate(self._ends[:steps]) if plan.chunks else [(0, self._ends[steps - 1])]
         for step, end in spans:
@@ -251,20 +264,21 @@ class SimExecutor:
                 accepted[sequence.task_id] = max(1, min(self._accept(verify), left))
         return accepted
 
-    def _stopped(self, plan: Plan, accepted: dict[int, int]) -> list[int]:
-        stopped = []
-        while plan.decodes and (stop := self._next_stop()) is not None and stop <= plan.clock:
-            stopped.append(heapq.heappop(self._stops)[1])
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if not chunk.samples or sequence.status is Status.ENDED:  # of an aborted request the answer may be gone
+    def _stopped(self, plan: Plan, accepted: Mapping[int, int]) -> list[int]:
+        stopped: list[int] = []
+        if plan.decodes:
+            while (stop := self._next_stop()) is not None and stop <= plan.clock:
+                stopped.append(heapq.heappop(self._stops)[1])
+        answers = self._answers
+        for sequence, _, _, samples in plan.chunks:
+            if not samples or sequence.status is Status.ENDED:  # of an aborted request the answer may be gone
                 continue
-            if sequence.sampled + 1 >= self._answers[sequence.task.request.request_id].output_tokens:
+            if sequence.sampled + 1 >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)
-        for verify in plan.verifies:
-            sequence, tokens = verify.sequence, accepted.get(verify.sequence.task_id)
+        for sequence, _, _ in plan.verifies:
+            tokens = accepted.get(sequence.task_id)
             if tokens is None:
                 continue
-            if sequence.sampled + tokens >= self._answers[sequence.task.request.request_id].output_tokens:
+            if sequence.sampled + tokens >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)
         return stopped

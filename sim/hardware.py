@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.cost import Rates
 from sim.model_shape import ModelShape
 
 
@@ -20,7 +21,10 @@ class Hardware(msgspec.Struct, frozen=True):
 
     `flops`: dense 16-bit peak; `flops_8bit`: the same for 8-bit weights, 0 where there is no such unit. `efficiency_*`:
     share of the peak that real kernels and collectives reach. `step_overhead_s`: host time per step, graph launch
-    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed.
+    included; `kernel_launch_s`: of each kernel launched by itself, where no graph is replayed; `kernel_fixed_s`: what a
+    small kernel takes on the device beside moving its bytes, in graphs too.
+
+    `price_per_hour`, `busy_w`, `idle_w`: see `cluster.cost.Rates`.
 
     `node_npus` are joined by `peer_*`: a mesh (each pair has its own link, together `peer_bytes_per_s` per NPU), a
     switch (all of it to anyone) or a ring; `peer_latency_s` per phase of a collective. Beyond the node, collectives go
@@ -54,8 +58,12 @@ class Hardware(msgspec.Struct, frozen=True):
     pcie_latency_s: float
     ssd_bytes_per_s: float
     ssd_latency_s: float
+    price_per_hour: float | None = None
+    busy_w: float | None = None
+    idle_w: float | None = None
     flops_8bit: float = 0.0
     kernel_launch_s: float = 0.0
+    kernel_fixed_s: float = 0.0
     node_npus: int = 1
     topology: Literal["mesh", "switch", "ring"] = "switch"
     peer_bytes_per_s: float = 0.0
@@ -69,6 +77,9 @@ class Hardware(msgspec.Struct, frozen=True):
     preprocess_tokens_per_s: float = 0.84e6
 
     def __post_init__(self) -> None:
+        for field in ("price_per_hour", "busy_w", "idle_w"):
+            if (getattr(self, field) or 0) < 0:
+                raise ValueError(f"hardware.{field} is {getattr(self, field)}: allowed are 0 and more, or null")
         if self.host_step_s < 0:
             raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
         if self.contention < 0:
@@ -77,6 +88,10 @@ class Hardware(msgspec.Struct, frozen=True):
             raise ValueError(
                 f"hardware.peer_bytes_per_s is {self.peer_bytes_per_s}: the {self.node_npus} NPUs of a node need a link"
             )
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.price_per_hour, self.busy_w, self.idle_w)
 
     def collective(self, npus: int) -> tuple[float, float]:
         """(bytes/s, s) of what joins so many NPUs: the rate at which each sends, and the latency of one phase in which

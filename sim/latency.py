@@ -2,100 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 from cluster.latency import LatencyModel, StepShape
 from cluster.vocabulary import NS_PER_S
-from sim.hardware import Hardware
-from sim.model_shape import ModelShape
-
-KERNELS_PER_LAYER = 10
-"""Norm, QKV, rope, cache write, attention, output, norm, gate and up, activation, down: with fused operators."""
-KERNELS_PER_SPARSE_LAYER = 13
-"""Gating, routing and its undoing in addition."""
-
-
-class Roofline(LatencyModel):
-    """Compute or memory bound, whichever is longer, per part of the step; for hardware nobody has profiled.
-
-    Linear layers: 2 x parameters FLOPs per token against reading all weights once; of E experts, a token computes with
-    its k, and n tokens that choose alike and independently read E x (1 - (1 - k / E)^n). Attention of prompts:
-    `flops_per_pair`. Attention of decodes: reading the KV cache once, or `flops_per_key` for each token that a sequence
-    computes or verifies, whichever is longer. All of it split evenly over `npus`, plus what joins them and a fixed
-    overhead.
-
-    Split matrices: two all-reduces of 16-bit activations per layer, each a reduce-scatter and an all-gather in which an
-    NPU sends (n - 1) / n of the bytes. Spread experts: each token's activations to and from k experts per sparse
-    layer, dispatched in the weights' precision and combined in 16 bit.
-
-    `graph`: steps of decodes alone are one launch. Other steps, and all without it, take at least `kernel_launch_s` per
-    kernel; the host launches while the device computes.
-    """
-
-    def __init__(self, hardware: Hardware, shape: ModelShape, npus: int, graph: bool = True) -> None:
-        peak = hardware.flops_8bit if shape.bytes_per_value == 1 and hardware.flops_8bit else hardware.flops
-        gemm = npus * peak * hardware.efficiency_gemm / NS_PER_S
-        attention = npus * hardware.flops * hardware.efficiency_attention / NS_PER_S
-        bandwidth = npus * hardware.hbm_bytes_per_s * hardware.efficiency_bandwidth / NS_PER_S
-        head = shape.vocab * shape.hidden
-        copies = npus if shape.expert_parallel else 1
-        dense = copies * (shape.dense_parameters + head)
-        active = shape.dense_parameters + shape.experts_per_token * shape.expert_parameters
-        self._overhead = hardware.step_overhead_s * NS_PER_S
-        self._weights = dense * shape.bytes_per_value / bandwidth
-        self._experts = shape.experts * shape.expert_parameters * shape.bytes_per_value / bandwidth
-        self._passed_over = 1 - shape.experts_per_token / max(shape.experts, 1)
-        self._per_token = 2 * active / gemm
-        self._per_sample = 2 * head / gemm
-        self._per_pair = shape.flops_per_pair / attention
-        self._key_read = shape.kv_bytes_per_token * shape.kv_copies(npus) / bandwidth
-        self._key_compute = shape.flops_per_key / attention
-        self._per_key = max(self._key_read, self._key_compute)
-        self._joined, self._joined_per_token = _communication(hardware, shape, npus)
-        dense_layers = shape.layers - shape.sparse_layers
-        kernels = KERNELS_PER_LAYER * dense_layers + KERNELS_PER_SPARSE_LAYER * shape.sparse_layers
-        self._launches = kernels * hardware.kernel_launch_s * NS_PER_S
-        self._graph = graph
-
-    def step_ns(self, shape: StepShape) -> int:
-        prefill, decodes, drafts = shape.prefill_tokens, shape.decode_sequences, shape.draft_tokens
-        tokens = prefill + decodes + drafts
-        linear = self._linear(tokens, shape.prefill_chunks + decodes + drafts)
-        per_key = self._per_key
-        if drafts and decodes:
-            per_key = max(self._key_read, self._key_compute * (1 + drafts / decodes))
-        device = linear + shape.prefill_attention * self._per_pair + shape.decode_context * per_key
-        device += self._joined + tokens * self._joined_per_token
-        if device < self._launches and (prefill or not self._graph):
-            device = self._launches
-        return max(1, round(self._overhead + device))
-
-    def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
-        linear, per_key, overhead = self._linear(sequences, sequences), self._per_key, self._overhead
-        joined = self._joined + sequences * self._joined_per_token
-        least = 0.0 if self._graph else self._launches
-        contexts = range(context, context + steps * sequences, sequences)
-        return [max(1, round(overhead + max(linear + each * per_key + joined, least))) for each in contexts]
-
-    def _linear(self, tokens: int, samples: int) -> float:
-        """ns of the linear layers."""
-        weights = self._weights
-        if self._experts:
-            weights += self._experts * (1 - self._passed_over**tokens)
-        return max(weights, tokens * self._per_token + samples * self._per_sample)
-
-
-def _communication(hardware: Hardware, shape: ModelShape, npus: int) -> tuple[float, float]:
-    """(ns per step, ns per token of the step) that the NPUs of an executor spend on sending."""
-    if npus == 1:
-        return 0.0, 0.0
-    rate, latency = hardware.collective(npus)
-    if not shape.expert_parallel:
-        per_token = 2 * 2 * (npus - 1) / npus * 2 * shape.hidden / rate
-        return shape.layers * 4 * latency * NS_PER_S, shape.layers * per_token * NS_PER_S
-    dispatch, combine = hardware.all_to_all_rates(npus)
-    sent = shape.experts_per_token * shape.hidden / npus
-    per_token = sent * min(shape.bytes_per_value, 2) / dispatch + sent * 2 / combine
-    return shape.sparse_layers * 2 * latency * NS_PER_S, shape.sparse_layers * per_token * NS_PER_S
 
 
 class Measured:
@@ -117,7 +27,7 @@ class Fitted(Measured, LatencyModel):
     engines do not speculate.
     """
 
-    FEATURES = (
+    FEATURES: ClassVar[tuple[str, ...]] = (
         "step",
         "prefill_step",
         "prefill_tokens",

@@ -13,10 +13,10 @@ import simpy
 from cluster.latency import LatencyModel, StepShape
 from cluster.request import Answer
 from cluster.vocabulary import ExecutorSpec
+from flowserve.core.config import EngineConfig
 from flowserve.core.messages import Message
 from flowserve.core.plan import Verify
 from flowserve.core.record import PlanRecord, TurnRecord
-from flowserve.core.scheduler import EngineConfig
 from flowserve.core.task_executor import TaskExecutor
 from sim.executor import SimExecutor
 

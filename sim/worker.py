@@ -8,6 +8,7 @@ import simpy
 from flowserve.core.messages import Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.worker import Worker
+from sim.alarm import NORMAL, Alarm
 
 
 class SimWorker:
@@ -56,6 +57,4 @@ class SimWorker:
             self._go_on()
 
     def _at(self, time: int, action: Callable[[simpy.Event], None]) -> None:
-        callbacks = self._env.timeout(time - self._now).callbacks
-        assert callbacks is not None
-        callbacks.append(action)
+        Alarm(self._env, time - self._now, NORMAL, action)

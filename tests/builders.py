@@ -15,8 +15,8 @@ from cluster.job_executor import JobExecutor
 from cluster.jobs.executor import WorkJobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
 from cluster.vocabulary import NS_PER_S, WORKERS, ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
 from cluster.work import (
@@ -34,7 +34,7 @@ from cluster.work import (
     WorkArrival,
     WorkRequest,
 )
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.cluster import Delays, Failure, Node, SimCluster, WorkNode
@@ -276,6 +276,7 @@ def run_sim(
     delays: Delays | None = None,
     failures: Sequence[Failure] = (),
     coalesce: bool = True,
+    record: bool = False,
     closed_loop: bool = True,
     max_attempts: int = 4,
     seed: int = 0,
@@ -315,6 +316,7 @@ def run_sim(
         delays,
         failures,
         coalesce=coalesce,
+        record=record,
     )
     events: list[ev.Event] = []
     with cluster:

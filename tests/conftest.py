@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import experiments.compiled  # noqa: F401 - ahead of the modules that it may replace
 from tests.invariants import Watch
 
 # Before anything loads torch or huggingface_hub, which read these once.

@@ -17,8 +17,9 @@ from traces.readers.deepflow import CSV_FIELDS
 def convert(arrivals: Iterable[AnyArrival], path: str | Path) -> int:
     """Write arrivals to a .csv or .jsonl file; returns how many. Reading it back gives equal arrivals.
 
-    The file appears when it is complete: a cut trace looks like a short one. ValueError: another ending, no arrivals,
-    ids that do not ascend, several models (the format names none: its reader is told), or block ids for CSV.
+    Models are named from the first one on that differs from the first request's; a reader is told that one. The file
+    appears when it is complete: a cut trace looks like a short one. ValueError: another ending, no arrivals, ids that
+    do not ascend, or block ids for CSV.
     """
     file = Path(path)
     require(file.suffix in _WRITERS, "path", str(file), f"a file ending in {' or '.join(_WRITERS)}", "rename it")
@@ -46,10 +47,11 @@ class _Rows:
             require(number > latest_id, "request_id", number, f"more than {latest_id}, the one ahead", "renumber")
             latest_id = number
             model = arrival.request.model if self.count == 0 else model
-            same = arrival.request.model == model
-            require(same, "model", arrival.request.model, f"{model!r} in the whole file", "write a file per model")
             self.count += 1
-            yield _fields(arrival)
+            fields = _fields(arrival)
+            if arrival.request.model != model:
+                fields["model"] = arrival.request.model
+            yield fields
         require(self.count > 0, "the workload", "empty", "at least one arrival", "check the reader and the transforms")
 
 

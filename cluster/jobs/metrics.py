@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cluster.jobs.record import JobRecorder, JobRow
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.vocabulary import NS_PER_S, Outcome, Role
 
 
@@ -37,7 +37,7 @@ def summarise_jobs(recorder: JobRecorder, requests: Recorder) -> dict[str, float
             summary |= dict(_training(done))
     summary |= _percentiles("work_fine_tuning_jct", list(_tuned(recorder.rows)))
     if recorder.rows:
-        summary |= {f"npu_seconds_{role}": held for role in Role if (held := requests.npu_seconds(role))}
+        summary |= {f"npu_seconds_{role}": held for role in Role if (held := requests.npu_seconds(role=role))}
         summary["job_failed_tasks"] = sum(row.failed_tasks for row in recorder.rows)
     if recorder.tool_waits:
         summary |= _percentiles("tool_wait", recorder.tool_waits)

@@ -26,7 +26,7 @@ from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.workload import Load, mixed_load
 from experiments.config import compose
 from flowserve import ops
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from sim import profile as profiles
 from sim.model_shape import ModelShape

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.metrics import Recorder, Slo, summarise
+from cluster.metrics import Slo, summarise
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from experiments import build
 from experiments.bench.harness import machine
@@ -23,7 +24,7 @@ from experiments.bench.harness.workload import MODEL, Load, checkpoint, mixed_lo
 from experiments.config import compose
 from experiments.progress import ProgressBar
 from experiments.run import drive
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 
 BATCH = 8
 ENGINE = EngineConfig(kv_blocks=1600, max_sequences=32, token_budget=512, prefix_cache=False)

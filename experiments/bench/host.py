@@ -11,8 +11,9 @@ from cluster.request import Request, Task
 from cluster.vocabulary import BLOCK_TOKENS, TaskKind
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
+from flowserve.core.config import EngineConfig
 from flowserve.core.rtc import Rtc
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 
 STEPS = 1000
 PROMPT_BLOCKS = 4096 // BLOCK_TOKENS

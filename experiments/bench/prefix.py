@@ -8,7 +8,7 @@ from experiments.bench.harness.engine import FlowServe
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
 from experiments.bench.harness.workload import Load, checkpoint, mixed_load
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):

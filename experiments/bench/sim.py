@@ -24,13 +24,13 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import BLOCK_TOKENS, NS_PER_S, ExecutorSpec, Role
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
 from policies.dispatch.round_robin import RoundRobin

@@ -30,10 +30,10 @@ from experiments.bench.harness import machine
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
 from experiments.bench.harness.workload import VOCABULARY, checkpoint
+from flowserve.core.config import EngineConfig
 from flowserve.core.messages import Dispatch
 from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig
 from flowserve.ops.step import Ints
 from flowserve.runtime import wire
 from flowserve.runtime.engine_process import EngineLoop

@@ -15,7 +15,7 @@ from cluster.actions import EndRun
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from experiments import build
 from experiments.commands.usage import Parser, compose_from
 from flowserve.runtime.sampling import Sampling

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 from omegaconf import DictConfig
 
-from cluster.metrics import Recorder, RequestTable, Window
+from cluster.metrics import RequestTable, Window
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import to_ns
 from experiments import build

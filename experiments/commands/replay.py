@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
-from cluster.control import LOG_SCHEMA, Decision, LogHeader
-from cluster.metrics import Recorder
+from cluster.decision_log import LOG_SCHEMA, Decision, LogHeader
+from cluster.recorder import Recorder
 from experiments import build
 from experiments.outputs import read_summary
 

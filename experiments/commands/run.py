@@ -3,6 +3,7 @@
 from collections import Counter
 
 from experiments.commands.usage import compose_from, wants_help
+from experiments.process import age_s
 from experiments.run import RunResult, run
 from experiments.tables import Row, job_lines, print_table
 
@@ -15,17 +16,26 @@ Exit code 0; 1 if no request finished, 2 for an error in the arguments, 130 afte
   deepflow run                                             Azure conversations on 4 simulated Ascend 910B2
   deepflow run fleet=pd_1p1d dispatch=deepflow trace.rate=0.5
   deepflow run backend=real model=tiny_llama engine=small hardware=cpu trace.duration_s=10 trace.prompt_scale=0.05
+  deepflow run experiment=three_models                     a whole setting by name, of conf/experiment
   deepflow run dispatch._target_=my_module.MyPolicy        a policy of your own, by its import path
 """
+
+MODELS_SHOWN = 10
 
 
 def main(arguments: list[str]) -> int:
     if wants_help(arguments, USAGE):
         return 0
     cfg = compose_from(arguments)
-    result = run(cfg)
-    print_table([Row(str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1], result.summary)])
+    result = run(cfg, spent_s=age_s())
+    models = list(result.models.items())[:MODELS_SHOWN]
+    policy = str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1]
+    print_table([Row(policy, result.summary), *(Row(f"  {name}", metrics) for name, metrics in models)])
+    if len(result.models) > len(models):
+        print(f"and {len(result.models) - len(models)} models asked for less, see report.html")
     print(f"trace: {result.source}")
+    for note in result.notes:
+        print(f"note: {note}")
     for line in job_lines(result.summary):
         print(line)
     for outcome, reason, number in _not_finished(result):

@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
         "hydra/hydra_logging=none",
         *([f"hydra.searchpath=[{search}]"] if search else []),
         "progress=false",
+        "watch=false",
         "report=false",
         *overrides,
     ]

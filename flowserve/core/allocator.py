@@ -80,6 +80,9 @@ class SegmentAllocator(BlockAllocator):
 
     A request gets the fewest runs that the free segments allow: the rest of the segment that it continues, else the
     smallest segment that holds it all, else the largest ones. What is returned merges with its neighbours.
+
+    Single blocks come from the smallest segment until it is used up, so that one is kept apart, as [next, limit), and
+    costs an addition per block; whatever else is asked puts it back first.
     """
 
     def __init__(self, total: int) -> None:
@@ -89,11 +92,14 @@ class SegmentAllocator(BlockAllocator):
         self._ends = {0: total}
         self._starts = {total: 0}
         self._by_length = [total * total]  # length * total + start
+        self._next = 0
+        self._limit = 0
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
         if count == 1:
             return [self.take_one(after)]
+        self._put_back()
         blocks: list[int] = []
         if after is not None and (end := self._ends.get(after + 1)) is not None:
             room = end - after - 1
@@ -109,46 +115,52 @@ class SegmentAllocator(BlockAllocator):
     def give_back(self, blocks: list[int]) -> None:
         if not blocks:
             return
+        self._put_back()
         self.free += len(blocks)
-        start, end = blocks[0], blocks[0] + len(blocks)
-        if blocks[-1] == end - 1 and blocks == list(range(start, end)):
-            self._merge(start, end)
-            return
-        end = start = -1
-        for block in sorted(blocks):
-            if block != end:
-                if end > start:
-                    self._merge(start, end)
-                start = block
-            end = block + 1
-        self._merge(start, end)
+        blocks = sorted(blocks)
+        at, end = 0, len(blocks)
+        while at < end:
+            # Sorted numbers without a gap: as far from each other as their places are.
+            start, reach = blocks[at], 1
+            while at + reach < end and blocks[at + reach] - start == reach:
+                reach *= 2
+            low, high = at + reach // 2, min(at + reach, end)
+            while high - low > 1:
+                middle = (low + high) // 2
+                if blocks[middle] - start == middle - at:
+                    low = middle
+                else:
+                    high = middle
+            self._merge(start, blocks[low] + 1)
+            at = low + 1
 
     def free_blocks(self) -> Iterable[int]:
-        return (block for start, end in self._ends.items() for block in range(start, end))
+        self._put_back()
+        return [block for start, end in self._ends.items() for block in range(start, end)]
 
     def take_one(self, after: int | None) -> int:
         """The block behind `after`, else the first one of the smallest free segment, which stays the smallest."""
-        by_length, total, place = self._by_length, self.total, 0
-        end = None if after is None else self._ends.pop(after + 1, None)
-        if end is None or after is None:
-            start = by_length[0] % total
-            end = self._ends.pop(start)
-        else:
-            start = after + 1
-            place = bisect_left(by_length, (end - start) * total + start)
-        if end == start + 1:
-            del by_length[place], self._starts[end]
-        else:
-            self._ends[start + 1] = end
-            self._starts[end] = start + 1
-            shorter = (end - start - 1) * total + start + 1
-            if place and by_length[place - 1] > shorter:
-                del by_length[place]
-                insort(by_length, shorter)
-            else:
-                by_length[place] = shorter
+        if after is not None and after + 1 in self._ends:
+            self._put_back()
+            self._cut(after + 1, 1)
+            return after + 1
+        block = self._next
+        if block == self._limit:
+            block = self._by_length.pop(0) % self.total
+            self._limit = self._ends.pop(block)
+            del self._starts[self._limit]
+        self._next = block + 1
         self.free -= 1
-        return start
+        return block
+
+    def _put_back(self) -> None:
+        """Count the segment that is kept apart among the others again."""
+        start, end = self._next, self._limit
+        if start < end:
+            self._ends[start] = end
+            self._starts[end] = start
+            insort(self._by_length, (end - start) * self.total + start)
+            self._next = self._limit = 0
 
     def _cut(self, start: int, count: int) -> list[int]:
         """Take the first `count` blocks of the free segment at `start`."""

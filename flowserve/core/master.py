@@ -6,14 +6,13 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
-from operator import sub
 from typing import NamedTuple
 
 from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost
 from flowserve.core.messages import (
     Abort,
@@ -29,7 +28,7 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Load, Outbox, Transfer
 from flowserve.core.plan import Fetch, Plan
-from flowserve.core.scheduler import NONE, EngineConfig, EngineCore
+from flowserve.core.scheduler import NONE, EngineCore
 from flowserve.core.sequence import Sequence as EngineSequence
 from flowserve.core.transfer import run_lengths
 
@@ -55,11 +54,14 @@ class Master:
         self._copying: set[int] = set()
         self._leases: dict[int, str] = {}
         self._lost: set[str] = set()
+        # When each step of decodes ended that somebody may ask for.
         self._step_ends = array("q")
         self._first_clock = 0
         self._most_ends = FEWEST_ENDS
         self._now = 0
         self._tokens_out = 0
+        self._busy_ns = 0
+        self._busy_since: int | None = None
 
     # -- what is driven -------------------------------------------------------------------------------------------
 
@@ -97,6 +99,8 @@ class Master:
             self.core.rtc.moves.clear()
         if self.core.failed:
             self._give_up(self._now)
+        if plan is not None and self._busy_since is None:
+            self._busy_since = self._now
         return plan
 
     def _give_up(self, now: int) -> None:
@@ -155,6 +159,9 @@ class Master:
             for sequence, held in result.finished:
                 self._finished(sequence, held, now)
             self._forget_times()
+        if not self.core.in_flight and self._busy_since is not None:
+            self._busy_ns += now - self._busy_since
+            self._busy_since = None
 
     def fail(self, task_id: int, detail: str, now: int) -> None:
         """The engine cannot go on with this task; the others are unharmed, and nothing of it is cached from here on.
@@ -197,6 +204,7 @@ class Master:
             total_blocks=core.rtc.total_blocks,
             generated_tokens=self._tokens_out,
             preemptions=core.preemptions,
+            busy_ns=self._busy_ns + (0 if self._busy_since is None else self._now - self._busy_since),
         )
 
     def progress(self) -> dict[str, list[tuple[int, int]]]:
@@ -242,16 +250,7 @@ class Master:
     def _finished(self, sequence: EngineSequence, held: bool, now: int) -> None:
         entry = self._entries.pop(sequence.task_id)
         self._outbox.forgotten.append(sequence.task_id)
-        times: list[int] = []
-        samples = entry.sample_times
-        # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
-        late = int(entry.task.kv is not None)
-        for index in range(max(len(samples) + late, len(sequence.runs))):
-            if index >= late and index - late < len(samples):
-                times.append(samples[index - late])
-            if index < len(sequence.runs):
-                first, last = sequence.runs[index]
-                times += self._step_ends[first - self._first_clock : last - self._first_clock].tolist()
+        times = self._token_times(sequence, entry)
         self._emit(
             TaskFinished(
                 to=entry.job_executor,
@@ -264,7 +263,7 @@ class Master:
                 stopped=not held,
                 tokens=len(times),
                 last_token_ns=now,
-                token_gaps_ns=tuple(map(sub, islice(times, 1, None), times)),
+                token_times=times.tobytes(),
                 cached_tokens=sequence.cached_tokens,
                 dram_tokens=sequence.fetched_tokens[0],
                 ssd_tokens=sequence.fetched_tokens[1],
@@ -275,6 +274,21 @@ class Master:
                 kv_runs=tuple(run_lengths(sequence.blocks)) if held else (),
             )
         )
+
+    def _token_times(self, sequence: EngineSequence, entry: _Entry) -> "array[int]":
+        """When the tokens of a sequence that is done came."""
+        samples, runs, base = entry.sample_times, sequence.runs, self._first_clock
+        # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
+        late = int(entry.task.kv is not None)
+        times = array("q")
+        if late and runs:
+            times += self._step_ends[runs[0][0] - base : runs[0][1] - base]
+        for index, sample in enumerate(samples, late):
+            times.append(sample)
+            if index < len(runs):
+                first, last = runs[index]
+                times += self._step_ends[first - base : last - base]
+        return times
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)

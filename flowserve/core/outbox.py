@@ -33,10 +33,16 @@ class Outbox:
     def take(self) -> "Outbox":
         """Everything since the last call; whoever takes it delivers it."""
         taken = Outbox()
-        for name in self.__slots__:
-            if said := getattr(self, name):
-                setattr(taken, name, said)
-                setattr(self, name, [])
+        if self.events:
+            taken.events, self.events = self.events, taken.events
+        if self.peers:
+            taken.peers, self.peers = self.peers, taken.peers
+        if self.transfers:
+            taken.transfers, self.transfers = self.transfers, taken.transfers
+        if self.moves:
+            taken.moves, self.moves = self.moves, taken.moves
+        if self.forgotten:
+            taken.forgotten, self.forgotten = self.forgotten, taken.forgotten
         return taken
 
     def __bool__(self) -> bool:
@@ -55,6 +61,7 @@ class Load(NamedTuple):
     total_blocks: int
     generated_tokens: int
     preemptions: int
+    busy_ns: int
 
 
-NOTHING = Load(0, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Load(0, 0, 0, 0, 0, 0, 0, 0, 0)

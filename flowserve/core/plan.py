@@ -35,7 +35,7 @@ class Plan:
     plan's (they reach the client's limit). Runners read positions off the sequences right after `schedule()`.
     """
 
-    __slots__ = ("chunks", "clock", "decodes", "last", "number", "shape", "verifies")
+    __slots__ = ("_shape", "_steps", "chunks", "clock", "decodes", "last", "number", "verifies")
 
     def __init__(
         self,
@@ -53,7 +53,24 @@ class Plan:
         self.verifies = verifies
         self.last = last
         self.clock = clock
-        self.shape = shape
+        self._shape = shape
+        self._steps = 0
+
+    @property
+    def shape(self) -> StepShape:
+        """What it consists of."""
+        return self.shape_after(0) if self._steps else self._shape
+
+    def advance(self, steps: int) -> None:
+        """Become the plan that many steps on, see `EngineCore.advance`."""
+        self.number += steps
+        self._steps += steps
+        if self.decodes:
+            self.clock += steps
+        if self.chunks:
+            sequence, start, tokens, samples = self.chunks[0]
+            self.chunks = [Chunk(sequence, start + steps * tokens, tokens, samples)]
+            sequence.computed += steps * tokens
 
     def narrow(self, drafts: list[int]) -> None:
         """What a runner has found to guess, by verification, where that is less than there is room for."""
@@ -61,15 +78,19 @@ class Plan:
         self.verifies = [verify._replace(draft=draft) for verify, draft in zip(wide, drafts, strict=True)]
         less = sum(verify.draft for verify in wide) - sum(drafts)
         shape = self.shape
-        self.shape = shape._replace(decode_context=shape.decode_context - less, draft_tokens=shape.draft_tokens - less)
+        self._steps = 0
+        self._shape = shape._replace(decode_context=shape.decode_context - less, draft_tokens=shape.draft_tokens - less)
 
     def shape_after(self, steps: int) -> StepShape:
         """Of what `EngineCore.advance` makes of this plan: decodes a token further each step, and of a prompt the next
         chunk.
         """
-        tokens, attention, chunks, sequences, context, draft = self.shape
-        return StepShape(
-            tokens, attention + steps * tokens * tokens, chunks, sequences, context + steps * sequences, draft
+        tokens, attention, chunks, sequences, context, draft = self._shape
+        steps += self._steps
+        more = steps * tokens * tokens if tokens else 0
+        # Like StepShape(...), without the detour through its own __new__: this is asked in every step.
+        return tuple.__new__(
+            StepShape, (tokens, attention + more, chunks, sequences, context + steps * sequences, draft)
         )
 
     @property

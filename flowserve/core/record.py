@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from cluster.latency import StepShape
-from flowserve.core.messages import Message
+from flowserve.core.messages import KvFetched, KvOffered, Message
 from flowserve.core.plan import Plan
 from flowserve.core.tiers import Move
 
@@ -72,6 +72,43 @@ class StepSpan(NamedTuple):
     end_ns: int
     steps: int
     shape: StepShape
+
+
+class TransferSpan(NamedTuple):
+    """KV cache on its way between two times, in ns of the run: `blocks` of it in so many pieces of memory.
+
+    Between executors it is for task `task_id` at `target`; between tiers of one executor, for none.
+    """
+
+    source: str
+    target: str
+    start_ns: int
+    end_ns: int
+    blocks: int
+    num_bytes: int
+    pieces: int
+    task_id: int | None = None
+
+
+def transfers(executor: str, turns: Iterable[TurnRecord]) -> Iterator[TransferSpan]:
+    """The transfers that an engine's turns tell of, from being asked for to being heard of; pieces and bytes: 0, as
+    they are not recorded.
+    """
+    sources: dict[int, str] = {}
+    asked: dict[int, tuple[int, int]] = {}
+    for turn in turns:
+        for message in turn.messages:
+            match message:
+                case KvOffered():
+                    sources[message.for_task] = message.source
+                case KvFetched() if message.task_id in asked:
+                    start, blocks = asked.pop(message.task_id)
+                    source = sources.pop(message.task_id)
+                    yield TransferSpan(source, executor, start, turn.start_ns, blocks, 0, 0, message.task_id)
+                case _:
+                    pass
+        for task_id, _, blocks_ in turn.transfers:
+            asked[task_id] = turn.end_ns, len(blocks_)
 
 
 def spans(executor: str, turns: Iterable[TurnRecord]) -> Iterator[StepSpan]:

@@ -588,25 +588,39 @@ class Rtc:
     def _evict(self, count: int) -> None:
         """Free `count` evictable blocks of HBM, from the ends of the leaves that go first."""
         self.evicted_blocks += count
-        queue = self._hbm.leaves
+        hbm, queue, given = self._hbm, self._hbm.leaves, list[int]()
         while count > 0:
             entry = heapq.heappop(queue)
-            if _is_stale(entry, HBM, pinned=False):
+            if _is_stale(entry, HBM, False):
                 continue
             node = entry[3]
-            taken = min(count, len(node.blocks))
-            keep = len(node.blocks) - taken
-            count -= taken
-            if not keep:
+            blocks = node.blocks
+            size = len(blocks)
+            if size <= count and node.children:
+                count -= size
                 self._drop(node)
                 continue
+            taken = min(count, size)
+            count -= taken
+            hbm.cached -= taken
+            self.evictable_blocks -= taken
+            if taken == size:  # like `_drop`, of a leaf
+                given += blocks
+                parent = node.parent
+                assert parent is not None
+                del parent.children[node.ids[0]]
+                parent.peers -= 1
+                node.parent = None
+                if not parent.peers:
+                    self._enqueue(parent)
+                continue
+            keep = size - taken
             for child in list(node.children.values()):
                 self._drop(child)
-            self.allocator.give_back(node.blocks[keep:])
-            self._hbm.cached -= taken
-            self.evictable_blocks -= taken
-            node.ids, node.blocks = node.ids[:keep], node.blocks[:keep]
+            given += blocks[keep:]
+            node.ids, node.blocks = node.ids[:keep], blocks[:keep]
             heapq.heappush(queue, entry)
+        self.allocator.give_back(given)
 
     def _drop(self, top: Node) -> None:
         """Forget a node and all below it, which nobody locks."""

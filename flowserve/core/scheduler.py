@@ -10,103 +10,24 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import Literal, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.identity import BlockIds
 from cluster.latency import StepShape
 from cluster.request import Task
-from cluster.vocabulary import BLOCK_TOKENS, FailureReason, Role, TaskKind
-from flowserve.core.allocator import AllocatorKind
+from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost, fetch_rule
 from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult, Verify
 from flowserve.core.rtc import Match, Rtc
 from flowserve.core.sequence import DecodeClock, Sequence, Status
-from flowserve.core.tiers import Tier, TierConfig, Transit
-from flowserve.core.transfer import KvLayout, run_lengths, runs_from
+from flowserve.core.tiers import Tier, Transit
+from flowserve.core.transfer import run_lengths, runs_from
 
 T = TypeVar("T")
 NONE: Mapping[int, int] = MappingProxyType({})
 """What is accepted where nothing speculates."""
-
-
-class EngineConfig(msgspec.Struct, frozen=True):
-    """Limits of one engine.
-
-    `token_budget`: tokens per step, decode and prefill together; at least `max_sequences`, so that every decoding
-    sequence is in every step. `watermark`: share of blocks kept free when another sequence is admitted beside running
-    ones. `max_in_flight`: plans issued ahead of the oldest incomplete one, it included (1: synchronous). `allocator`:
-    which free blocks a sequence gets, see `flowserve.core.allocator`. `evict_share`: share of blocks evicted from the
-    prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
-    `kv_layout`: order of the KV cache in memory, which must be the same in engines that exchange it.
-    `prefix_cache`: whether prompts find what others left; contexts with an ID are found also without.
-    `tiers`: host memory and disk behind the KV cache. `preemption`: whether a preempted sequence is computed again, but
-    for what the cache still has, or its KV cache is copied to the next tier at once, to be fetched back.
-
-    `prefill_token_budget`, `decode_token_budget`: in place of `token_budget` where an executor has that role.
-
-    `speculative_tokens`: guesses per sequence and step, 0 to decode without; then a step has room for the guesses of
-    all, so the budgets must be larger. `drafter`: who guesses, on a real engine: prompt lookup or a small model.
-
-    `order`, `victim`, `eviction`, `chunking`: policies of `cluster.engine_policy`, None for its base class.
-    """
-
-    kv_blocks: int
-    block_tokens: int = 16
-    token_budget: int = 512
-    max_sequences: int = 256
-    max_in_flight: int = 1
-    watermark: float = 0.01
-    prefix_cache: bool = True
-    allocator: AllocatorKind = "segment"
-    evict_share: float = 0.03
-    kv_layout: KvLayout = "layer_major"
-    prefill_token_budget: int | None = None
-    decode_token_budget: int | None = None
-    speculative_tokens: int = 0
-    drafter: Literal["ngram", "model"] = "ngram"
-    tiers: TierConfig = TierConfig()
-    preemption: Literal["recompute", "swap"] = "recompute"
-    order: PolicySpec | None = None
-    victim: PolicySpec | None = None
-    eviction: PolicySpec | None = None
-    chunking: PolicySpec | None = None
-
-    def __post_init__(self) -> None:
-        if self.kv_blocks < 1:
-            raise ValueError(f"kv_blocks is {self.kv_blocks}: an engine needs at least one KV cache block")
-        if self.block_tokens < BLOCK_TOKENS or self.block_tokens % BLOCK_TOKENS:
-            raise ValueError(f"block_tokens is {self.block_tokens}: allowed are multiples of {BLOCK_TOKENS}")
-        if self.speculative_tokens < 0:
-            raise ValueError(f"speculative_tokens is {self.speculative_tokens}: allowed are 0 (none) and more")
-        most = self.max_sequences * (1 + self.speculative_tokens)
-        for name in ("token_budget", "prefill_token_budget", "decode_token_budget"):
-            budget = getattr(self, name)
-            if self.max_sequences < 1 or (budget is not None and budget < most):
-                guesses = f" x (1 + {self.speculative_tokens} speculative_tokens)" if self.speculative_tokens else ""
-                raise ValueError(
-                    f"{name} {budget} is below max_sequences {self.max_sequences}{guesses}: every decoding sequence "
-                    f"takes as much of each step, so raise {name} or lower max_sequences"
-                )
-        if self.max_in_flight < 1:
-            raise ValueError(f"max_in_flight is {self.max_in_flight}: allowed are 1 (synchronous) and more")
-        if not 0 <= self.watermark < 1:
-            raise ValueError(f"watermark is {self.watermark}: allowed is a share from 0 up to 1")
-        if not 0 <= self.evict_share < 1:
-            raise ValueError(f"evict_share is {self.evict_share}: allowed is a share from 0 up to 1")
-        if self.preemption == "swap" and not (self.tiers.blocks and self.prefix_cache):
-            raise ValueError(
-                f"preemption is swap with tiers.dram_blocks {self.tiers.dram_blocks}, tiers.ssd_blocks"
-                f" {self.tiers.ssd_blocks}, prefix_cache {self.prefix_cache}: it needs room in a tier and the cache, so"
-                " give it both, or set preemption to recompute"
-            )
-
-    def budget(self, role: Role) -> int:
-        """Tokens per step of an executor of this role."""
-        special = {Role.PREFILL: self.prefill_token_budget, Role.DECODE: self.decode_token_budget}.get(role)
-        return self.token_budget if special is None else special
 
 
 class EngineCore:
@@ -279,7 +200,7 @@ class EngineCore:
         if not chunks and not sequences:
             return None
         self._plans += 1
-        shape = _shape(chunks, sequences, context, draft) if chunks else StepShape(0, 0, 0, sequences, context, draft)
+        shape = _shape(chunks, sequences, context, draft)
         plan = Plan(self._plans, chunks, decodes, verifies, last, self.clock.issued, shape)
         self.in_flight.append(plan)
         return plan
@@ -293,24 +214,29 @@ class EngineCore:
         assert oldest is plan, f"plan {plan.number} completed before plan {oldest.number}"
         if plan.decodes:
             self.clock.done = plan.clock
-        first_tokens = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if chunk.samples and sequence.status is not Status.ENDED:
+        first_tokens: list[Sequence] = []
+        for sequence, _, _, samples in plan.chunks:
+            if samples and sequence.status is not Status.ENDED:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
-                self._keep(sequence)
+                if sequence.task.request.context_id is not None:
+                    self._keep(sequence)
                 first_tokens.append(sequence)
         verified: list[tuple[Sequence, int]] = []
         finished: list[Finished] = []
         if plan.last or stopped or plan.verifies:
-            ending = {*plan.last, *(self._sequences[task_id] for task_id in stopped if task_id in self._sequences)}
+            ending = set(plan.last)
+            for task_id in stopped:
+                stopping = self._sequences.get(task_id)
+                if stopping is not None:
+                    ending.add(stopping)
             if plan.verifies:
                 verified = self._apply_verifies(plan.verifies, accepted, ending)
-            live = [sequence for sequence in ending if sequence.status is not Status.ENDED]
             # In order of arrival, so that blocks are freed in one order whoever lists the stops.
-            finished = [self._finish(sequence, True) for sequence in sorted(live, key=_arrival)]
+            for sequence in ending if len(ending) == 1 else sorted(ending, key=_arrival):
+                if sequence.status is not Status.ENDED:
+                    finished.append(self._finish(sequence, True))
         for sequence in first_tokens:
             if sequence.status is Status.HELD:
                 finished.append(self._finish(sequence, False))
@@ -368,23 +294,18 @@ class EngineCore:
             self._advance_decodes(steps, len(batch))
         self._plans += steps
         for plan in self.in_flight:
-            plan.number += steps
-            plan.shape = plan.shape_after(steps)
-            if batch:
-                plan.clock += steps
-            if plan.chunks:
-                sequence, start, tokens, samples = plan.chunks[0]
-                plan.chunks = [Chunk(sequence, start + steps * tokens, tokens, samples)]
-                sequence.computed += steps * tokens
+            plan.advance(steps)
 
     def _advance_decodes(self, steps: int, sequences: int) -> None:
         phases, size, append_block = self._phases, self._size, self.rtc.append_block
         first = self.clock.issued
         for clock in range(first, first + steps):
-            for sequence in phases[clock % size].values():
-                blocks = sequence.blocks
-                if len(blocks) * size <= sequence.computed + clock - sequence.joined:
-                    append_block(blocks)
+            phase = phases[clock % size]
+            if phase:
+                for sequence in phase.values():
+                    blocks = sequence.blocks
+                    if len(blocks) * size <= sequence.computed + clock - sequence.joined:
+                        append_block(blocks)
         self.clock.issued = first + steps
         self.clock.done += steps
         self._decode_context += steps * sequences
@@ -550,15 +471,18 @@ class EngineCore:
 
     def _fetched_tokens(self, transit: Transit | None) -> tuple[int, int]:
         """Tokens that come from DRAM and from SSD."""
-        nodes = [] if transit is None else transit.nodes
+        if transit is None:
+            return 0, 0
+        nodes = transit.nodes
         dram, ssd = (sum(len(node.blocks) for node in nodes if node.tier is tier) for tier in (Tier.DRAM, Tier.SSD))
         return dram * self._size, ssd * self._size
 
     def _keep(self, sequence: Sequence) -> None:
         """Preserve the prompt under the ID that the request gives, unless that names a beginning of it already."""
-        context, ids = sequence.task.request.context, self._ids[sequence.task_id][: sequence.tree_blocks]
-        if context is None or not ids or sequence.node is None:
+        context = sequence.task.request.context
+        if context is None or not sequence.tree_blocks or sequence.node is None:
             return
+        ids = self._ids[sequence.task_id][: sequence.tree_blocks]
         kept = self.rtc.kept(context)
         if not kept or len(kept) > len(ids) or kept[-1] != ids[len(kept) - 1]:
             self.rtc.keep(context, sequence.node, ids)
@@ -771,8 +695,7 @@ class EngineCore:
         """Put the full blocks of the first `valid_tokens` positions into the tree, for others to find."""
         ids = self._ids[sequence.task_id]
         full = min(valid_tokens // self._size, len(ids))
-        explicit = sequence.task.request.context is not None
-        if full > sequence.tree_blocks and (self.config.prefix_cache or explicit):
+        if full > sequence.tree_blocks and (self.config.prefix_cache or sequence.task.request.context_id is not None):
             assert sequence.node is not None
             sequence.node, duplicates = self.rtc.insert(
                 sequence.node, sequence.tree_blocks, ids[:full], sequence.blocks
@@ -822,4 +745,4 @@ def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -
     for _, start, count, _ in chunks:
         tokens += count
         attention += start * count + count * (count + 1) // 2
-    return StepShape(tokens, attention, len(chunks), decodes, decode_context, draft)
+    return tuple.__new__(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))

@@ -8,12 +8,13 @@ from collections.abc import Collection, Mapping
 
 from cluster.identity import BlockIds
 from cluster.vocabulary import ExecutorSpec
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost
 from flowserve.core.master import Master
 from flowserve.core.messages import Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import NONE, EngineConfig
+from flowserve.core.scheduler import NONE
 from flowserve.core.shell import TeShell
 from flowserve.core.tiers import Move
 

@@ -32,18 +32,22 @@ class Slots:
         self._tasks: dict[int, DispatchWork] = {}
         self._waiting: dict[int, None] = {}
         self._outbox = outbox
+        self._now = 0
+        self._busy_ns = 0
+        self._busy_since: int | None = None
 
     # -- an engine to the shell -----------------------------------------------------------------------------------
 
     def receive(self, message: Message, now: int, ids: BlockIds = ()) -> None:
         """Take a task or let go of one; other messages are for engines that serve."""
+        self._now = now
         match message:
             case DispatchWork():
                 self._tasks[message.task.task_id] = message
                 self._waiting[message.task.task_id] = None
             case Abort() if (dispatch := self._tasks.pop(message.task_id, None)) is not None:
                 self._waiting.pop(message.task_id, None)
-                self.running.pop(message.task_id, None)
+                self._stop(message.task_id)
                 self._outbox.events.append(
                     WorkAborted(
                         to=dispatch.job_executor,
@@ -62,7 +66,8 @@ class Slots:
 
     def load(self) -> Load:
         """How much there is, by count; a worker holds no KV cache."""
-        return NOTHING._replace(waiting=len(self._waiting), running=len(self.running))
+        busy = self._busy_ns + (0 if self._busy_since is None else self._now - self._busy_since)
+        return NOTHING._replace(waiting=len(self._waiting), running=len(self.running), busy_ns=busy)
 
     def progress(self) -> dict[str, list[tuple[int, int]]]:
         """No tokens come of a worker."""
@@ -82,17 +87,21 @@ class Slots:
 
     def start(self, now: int) -> list[Started]:
         """Give free slots to what waits."""
+        self._now = now
         started = []
         while self._waiting and len(self.running) < self.number:
             task_id = next(iter(self._waiting))
             del self._waiting[task_id]
             self.running[task_id] = now
             started.append(Started(task_id, now + self._tasks[task_id].took_ns))
+        if started and self._busy_since is None:
+            self._busy_since = now
         return started
 
     def finish(self, task_id: int, now: int) -> None:
         """A task's time is up; nothing where it was aborted meanwhile."""
-        since = self.running.pop(task_id, None)
+        self._now = now
+        since = self._stop(task_id)
         if since is None:
             return
         dispatch = self._tasks.pop(task_id)
@@ -107,6 +116,13 @@ class Slots:
                 started=since,
             )
         )
+
+    def _stop(self, task_id: int) -> int | None:
+        """A task gives its slot back, if it had one: since when."""
+        since = self.running.pop(task_id, None)
+        if not self.running and self._busy_since is not None:
+            self._busy_ns, self._busy_since = self._busy_ns + self._now - self._busy_since, None
+        return since
 
     def tasks(self) -> list[WorkTask]:
         """Tasks at hand, in order of arrival."""

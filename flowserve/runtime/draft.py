@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.models import load_model
 from flowserve.ops import Ops
 from flowserve.ops.step import Ints, StepContext

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import KvLayout, contiguous_runs, pieces_per_run
 from flowserve.models import Model
 from flowserve.runtime.runner import KvHandle

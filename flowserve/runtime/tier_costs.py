@@ -9,8 +9,9 @@ from cluster import identity
 from cluster.latency import StepShape
 from cluster.request import Request, Task
 from cluster.vocabulary import TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TierRate, TransferTime
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 from flowserve.core.tiers import Move, Tier, TierConfig
 from flowserve.runtime.runner import Payload, Runner
 from flowserve.runtime.sampling import Sampling

@@ -16,8 +16,9 @@ from cluster import identity
 from cluster.request import Request, Task
 from cluster.vocabulary import TaskKind
 from flowserve import ops
+from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan, Verify
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 from flowserve.core.sequence import Sequence
 from flowserve.core.tiers import Move, TierConfig
 from flowserve.models import load_model

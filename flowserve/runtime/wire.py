@@ -9,8 +9,8 @@ import numpy.typing as npt
 from cluster.acceptance import Acceptance
 from cluster.events import Event
 from cluster.vocabulary import ExecutorSpec, Stage
+from flowserve.core.config import EngineConfig
 from flowserve.core.messages import Message
-from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.runner import KvHandle, Payload, TokenLogprobs
 
 Ints = npt.NDArray[np.int64]

@@ -90,7 +90,7 @@ class DeepFlow(DispatchPolicy):
     def finished(self, request: Request, event: TaskFinished) -> None:
         if event.stopped:
             self._predictor.observe(request, event.generated)
-        self._learn(request, event.executor)
+        self._learn(request, event.executor, known=True)
 
     def executor_gone(self, executor: str) -> None:
         role = self._role_of.pop(executor, None)
@@ -98,10 +98,13 @@ class DeepFlow(DispatchPolicy):
             if tree_role is role:
                 tree.forget(executor)
 
-    def _learn(self, request: Request, executor: str) -> None:
+    def _learn(self, request: Request, executor: str, known: bool = False) -> None:
+        """An executor caches this prompt; `known`: as it most likely has said before."""
         role = self._role_of.get(executor)
         if request.block_ids and role is not None and role is not Role.DECODE:  # decode tasks go by load alone
-            self._tree(request.model, role).insert(request.block_ids, executor)
+            tree = self._tree(request.model, role)
+            if not (known and tree.holds(request.block_ids, executor)):
+                tree.insert(request.block_ids, executor)
 
     def _tree(self, model: str, role: Role) -> PromptTree:
         key = (model, role)

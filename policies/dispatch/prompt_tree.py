@@ -1,6 +1,6 @@
 """The global prompt tree of a job executor: which executors have probably cached which prefixes (DeepServe 5.2)."""
 
-from collections import OrderedDict, deque
+from itertools import islice
 
 from cluster.identity import BlockIds
 
@@ -10,14 +10,14 @@ class PromptTree:
 
     Identities are chained, so a flat table is a tree: an executor has a prefix if it has the prefix's last block.
     It is the job executor's belief, from what it sent where; engines evict without telling. At most `max_blocks` are
-    kept, the least recently presented go first.
+    kept, the least recently presented go first, a sixteenth at a time.
     """
 
     def __init__(self, max_blocks: int = 1_000_000) -> None:
         if max_blocks < 1:
             raise ValueError(f"max_blocks is {max_blocks}: a prompt tree keeps at least one block")
         self._max_blocks = max_blocks
-        self._holders: OrderedDict[int, int] = OrderedDict()
+        self._holders: dict[int, int] = {}  # the least recently presented first
         self._bits: dict[str, int] = {}
         self._names: list[str] = []
         self._asked: list[str] = []
@@ -30,12 +30,17 @@ class PromptTree:
     def insert(self, ids: BlockIds, executor: str) -> None:
         """`executor` has computed a context with these blocks."""
         bit = self._bit(executor)
-        holders, known = self._holders, self._holders.get
+        holders, pop = self._holders, self._holders.pop
         for block in reversed(ids):  # the deepest block ends up oldest, so a prefix outlives what extends it
-            holders[block] = known(block, 0) | bit
-        deque(map(holders.move_to_end, reversed(ids)), 0)
-        for _ in range(len(holders) - self._max_blocks):
-            holders.popitem(last=False)
+            holders[block] = pop(block, 0) | bit
+        excess = len(holders) - self._max_blocks
+        if excess > 0:  # some more than that, because a dictionary is slow to find its oldest entry
+            for block in list(islice(holders, max(excess, self._max_blocks // 16))):
+                del holders[block]
+
+    def holds(self, ids: BlockIds, executor: str) -> bool:
+        """Whether `executor` has the whole context."""
+        return bool(self._holders.get(ids[-1], 0) & self._bits.get(executor, 0))
 
     def longest_match(self, ids: BlockIds, executors: list[str]) -> tuple[int, list[str]]:
         """The longest prefix that any of `executors` has, in blocks, and all of them that have it."""

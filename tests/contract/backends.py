@@ -14,7 +14,7 @@ from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, LaunchE
 from cluster.request import Answer, KvSource, Request, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import NS_PER_S, WORKERS, Outcome, Role, Stage, TaskKind, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from real.cluster import Engine, RealCluster, WorkEngine
 from sim.cluster import Delays, Node, SimCluster, WorkNode

@@ -8,7 +8,7 @@ import pytest
 from cluster import events as ev
 from cluster.actions import DrainExecutor, LaunchExecutor, RetireExecutor
 from cluster.vocabulary import WORKERS, FailureReason, Role, Stage, TaskKind
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from tests.builders import make_spec
 from tests.contract.backends import SLOTS, Driver, kill
 

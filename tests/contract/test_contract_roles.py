@@ -10,8 +10,8 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Answer, Request
 from cluster.seam import Cluster
 from cluster.streams import stream

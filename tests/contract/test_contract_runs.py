@@ -11,15 +11,17 @@ import pytest
 from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
 from cluster.client import Client
-from cluster.control import ControlPlane, Decision, LogHeader
+from cluster.control import ControlPlane
+from cluster.decision_log import Decision, LogHeader
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, Slo, summarise
+from cluster.metrics import Slo, summarise
 from cluster.policy import ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Arrival, Trigger
 from cluster.seam import Cluster
 from cluster.vocabulary import Role
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation

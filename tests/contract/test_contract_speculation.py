@@ -6,7 +6,7 @@ import pytest
 
 from cluster import events as ev
 from cluster.vocabulary import Role, TaskKind
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from tests.contract.backends import Driver
 
 

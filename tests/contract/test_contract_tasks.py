@@ -8,7 +8,7 @@ from cluster import events as ev
 from cluster.actions import CancelRequest, LaunchExecutor
 from cluster.request import KvSource
 from cluster.vocabulary import FailureReason, Outcome, Role, TaskKind
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from tests.builders import make_spec
 from tests.contract.backends import BACKENDS, Driver, kill
 

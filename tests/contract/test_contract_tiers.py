@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from cluster import events as ev
 from cluster.actions import ReleaseKvContext, SubmitRequest
 from cluster.request import Answer, Request
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from tests.builders import MODEL, chain
 from tests.contract.backends import Driver

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster import events as ev
 from cluster.actions import (
@@ -49,9 +51,10 @@ class Office:
         minimum: int = 1,
         maximum: int = 9,
         max_launch_failures: int = 3,
+        npus: int | None = None,
     ) -> None:
         groups = groups or (GroupPlan(make_spec(), initial, minimum, maximum),)
-        self.cm = ClusterManager(groups, policy or Fixed(), job_executors, max_launch_failures)
+        self.cm = ClusterManager(groups, policy or Fixed(), job_executors, max_launch_failures, npus)
         self.now = 0
         self.last: list[Action] = []
         self.specs: dict[str, LaunchExecutor] = {}
@@ -497,3 +500,109 @@ def test_bad_sizes_are_named(make: Callable[[], object], named: str) -> None:
     """A plan that cannot be is refused with its values and what is needed."""
     with pytest.raises(ValueError, match=named):
         make()
+
+
+# -- many models ----------------------------------------------------------------------------------------------------
+
+
+def test_demand_for_a_model_concerns_its_groups_alone() -> None:
+    """A request that waits for one of many models makes the policy look at that one, and launches for it from zero."""
+    wish = Wish(1)
+    office = Office(wish, tuple(GroupPlan(make_spec(model=f"m{number}"), 0, 0, 4) for number in range(50)))
+    office.demand(1, "m7")
+    assert [load.model for load in wish.shown] == ["m7"]
+    assert office.last == [LaunchExecutor("te-0", make_spec(model="m7"))]
+
+
+def test_npus_are_limited_for_all_groups_together() -> None:
+    """What does not fit is launched when others have been retired, the group that waits longest first."""
+    wish = Wish(2)
+    groups = tuple(GroupPlan(make_spec(model=model, npus=2), 0, 0, 9) for model in "abc")
+    office = Office(wish, groups, npus=6)
+    office.tick()
+    assert [office.specs[name].spec.model for name in office.launched()] == ["a", "a", "b"]
+    office.ready("te-0", "te-1", "te-2")
+    office.failed("te-0")
+    assert [office.specs[name].spec.model for name in office.launched()] == ["a"], "its own group comes first"
+    office.ready("te-3")
+    wish.wanted = 1
+    office.tick()
+    assert office.draining() == ["te-3"]
+    office.drained("te-3")
+    assert office.launched() == []
+    office.retired("te-3")
+    assert [office.specs[name].spec.model for name in office.launched()] == ["c"]
+
+
+def test_a_fleet_that_does_not_fit_its_npus() -> None:
+    """More executors at the start than NPUs is an error that says how many are needed."""
+    with pytest.raises(ValueError, match=r"fleet.npus is 3, but the executors a run starts with take 4"):
+        Office(groups=(GroupPlan(make_spec(npus=2), 2, 2, 2),), npus=3)
+
+
+class Shifting(Wish):
+    """Wants what the test says, and moves an executor when it is told to."""
+
+    move = False
+
+    def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
+        moves, self.move = [RoleSwitch(MODEL, Role.PREFILL, Role.DECODE)] * self.move, False
+        return moves
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 9)), max_size=60))
+def test_sums_over_a_group_are_those_of_its_executors(steps: list[tuple[int, int, int]]) -> None:
+    """Whatever happens to executors, the policy is shown what adding up their latest reports would give."""
+    policy = Shifting(2)
+    office = Office(policy, (GroupPlan(make_spec(Role.PREFILL), 2, 0, 6), GroupPlan(make_spec(Role.DECODE), 2, 0, 6)))
+    role: dict[str, Role] = {}
+    state: dict[str, str] = {}
+    reports: dict[str, ev.LoadReport] = {}
+
+    def note() -> None:
+        for action in office.last:
+            match action:
+                case LaunchExecutor():
+                    role[action.executor], state[action.executor] = action.spec.role, "pending"
+                case DrainExecutor():
+                    state[action.executor] = "draining"
+                case SwitchRole():
+                    role[action.executor] = action.role
+
+    note()
+    for kind, which, amount in steps:
+        name = f"te-{which}"
+        if kind == 0 and state.get(name) == "pending":
+            office.ready(name)
+            state[name] = "ready"
+        elif kind == 1 and name in state:
+            reports[name] = load_report(name, office.now, waiting=amount, running=which, free=100 - amount)
+            office.hear(reports[name])
+        elif kind == 2 and name in state:
+            office.retired(name) if state.pop(name) == "draining" else office.failed(name)
+            note()
+        elif kind == 3:
+            policy.wanted = amount % 5
+        elif kind == 4:
+            policy.move = True
+        policy.shown.clear()
+        before = dict(role), dict(state)
+        office.tick()
+        if not any(isinstance(action, SwitchRole) for action in office.last):
+            for load in policy.shown:
+                check_load(load, *before, reports)
+        note()
+
+
+def check_load(
+    load: GroupLoad, role: dict[str, Role], state: dict[str, str], reports: dict[str, ev.LoadReport]
+) -> None:
+    members = [name for name in state if role[name] is load.role]
+    ready = [name for name in members if state[name] == "ready"]
+    known = [reports[name] for name in ready if name in reports]
+    assert (load.ready, load.pending) == (len(ready), sum(state[name] == "pending" for name in members))
+    assert load.draining == sum(state[name] == "draining" for name in members)
+    assert load.waiting == sum(report.waiting for report in known)
+    assert load.running == sum(report.running for report in known)
+    assert load.kv_used == sum(report.total_blocks - report.free_blocks for report in known)
+    assert (load.kv_total, load.max_sequences) == (100 * len(ready), 8 * len(ready))

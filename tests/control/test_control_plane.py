@@ -11,11 +11,12 @@ from cluster import actions as act
 from cluster import events as ev
 from cluster.actions import Action
 from cluster.client import Client
-from cluster.control import LOG_SCHEMA, ControlPlane, Decision, LogHeader
+from cluster.control import ControlPlane
+from cluster.decision_log import LOG_SCHEMA, Decision, LogHeader
 from cluster.events import Event
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.relay import relayed
 from cluster.request import Answer, Arrival, KvSource, Task, Trigger
 from cluster.streams import stream
@@ -52,7 +53,15 @@ EVENTS: list[Event] = [
     ev.CancelRequested(**AT, request_id=3),
     ev.FirstToken(**AT, **TASK),
     ev.TaskProgress(**AT, executor="te-1", generated=((1, 2), (3, 4))),
-    ev.TaskFinished(**AT, **TASK, generated=9, stopped=True, tokens=3, last_token_ns=6, token_gaps_ns=(1, 2)),
+    ev.TaskFinished(
+        **AT,
+        **TASK,
+        generated=9,
+        stopped=True,
+        tokens=3,
+        last_token_ns=6,
+        token_times=ev.pack_times((3, 4, 6)),
+    ),
     ev.TaskFailed(**AT, **TASK, reason=FailureReason.KV_LOST, generated=4, detail="said “no”\n"),
     ev.TaskAborted(**AT, **TASK, generated=4),
     ev.RequestEnded(**AT, request_id=3, outcome=Outcome.REFUSED, generated=0, reason="full"),

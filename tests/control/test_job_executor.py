@@ -101,6 +101,7 @@ class Desk:
                 stopped=stopped,
                 tokens=generated - dispatch.task.generated,
                 last_token_ns=self.now,
+                token_times=ev.pack_times([self.now]),
             )
         )
 

@@ -1,7 +1,6 @@
 """Every metric on runs small enough to be worked out by hand."""
 
 import math
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +10,8 @@ import pytest
 from cluster import events as ev
 from cluster.actions import LaunchExecutor
 from cluster.client import Client
-from cluster.metrics import Recorder, RequestTable, Slo, Window, percentile, summarise
+from cluster.metrics import RequestTable, Slo, Window, percentile, summarise
+from cluster.recorder import Recorder
 from cluster.vocabulary import FailureReason, Outcome, Stage, to_ns
 from tests.builders import load_report, make_arrival, make_request, make_spec, run_sim
 
@@ -40,7 +40,6 @@ class Book:
     def task(self, number: int, *times: float, stopped: bool = True, executor: str = "te-0", **more: int) -> None:
         """A task that produced tokens at these times."""
         stamps = [to_ns(time) for time in times]
-        gaps = tuple(later - earlier for earlier, later in pairwise(stamps))
         self.hear(
             ev.TaskFinished(
                 to="je-0",
@@ -53,7 +52,7 @@ class Book:
                 stopped=stopped,
                 tokens=len(times),
                 last_token_ns=stamps[-1],
-                token_gaps_ns=gaps,
+                token_times=ev.pack_times(stamps),
                 **more,
             )
         )

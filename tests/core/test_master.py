@@ -6,10 +6,10 @@ from cluster import events as ev
 from cluster import identity
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.master import Master
 from flowserve.core.messages import Dispatch, KvFetched, KvOffered, KvReleased, KvRequested
 from flowserve.core.outbox import Load, Outbox
-from flowserve.core.scheduler import EngineConfig
 from tests.builders import make_request, make_task
 
 
@@ -39,7 +39,7 @@ def test_serves_without_a_shell() -> None:
     outbox = Outbox()
     master = Master("te", EngineConfig(50), outbox)
     dispatch(master, make_task(0, prompt=20, limit=3))
-    assert master.load() == Load(1, 0, 20, 50, 0, 50, 0, 0)
+    assert master.load() == Load(1, 0, 20, 50, 0, 50, 0, 0, 0)
     run(master, 2)
     assert master.progress() == {"je": [(0, 2)]}
     run(master, 9, 20)

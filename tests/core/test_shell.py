@@ -11,6 +11,7 @@ from cluster import events as ev
 from cluster import identity
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.messages import (
     Abort,
     Dispatch,
@@ -25,7 +26,6 @@ from flowserve.core.messages import (
 )
 from flowserve.core.outbox import Transfer
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig
 from flowserve.core.sequence import Status
 from flowserve.core.task_executor import TaskExecutor
 from tests.builders import make_request, make_spec, make_task

@@ -7,9 +7,10 @@ from msgspec.structs import replace
 
 from cluster.identity import BlockIds
 from cluster.request import Task
+from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import CostModel
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 from flowserve.core.sequence import Sequence, Status
 from flowserve.core.tiers import Move, Tier, TierConfig
 from tests.builders import chain, make_task

@@ -112,7 +112,7 @@ def test_nothing_trains_on_a_device(trace: str, capsys: pytest.CaptureFixture[st
     [
         ("[{role: colocated, executors: 1},{role: cpu, executors: 1, npus: 2}]", "workers of role cpu take none"),
         ("[{role: colocated, executors: 1},{role: training, executors: 1, slots: 2}]", "slots is 2: allowed are 1"),
-        ("[{role: cpu, executors: 1}]", "fleet.groups has only other executors"),
+        ("[{role: cpu, executors: 1}]", "fleet.groups has only workers"),
     ],
 )
 def test_groups_of_workers_are_checked(groups: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from cluster.events import ExecutorReady
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.work import FIRST_CALL, WorkArrival
 from experiments import build
 from experiments.config import CONF, compose
@@ -29,6 +29,7 @@ NEEDS = {
     ("latency", "profile"): ["latency.path={folder}/profile.json"],
     ("latency", "table"): ["latency.path={folder}/table.csv"],
     ("backend", "real"): ON_REAL,
+    ("mix", "by_tenant"): ["trace=deepflow", "trace.reader.path={folder}/tenants.jsonl"],
     ("engine/chunking", "protect_tpot"): ["engine.chunking.prompt_token_s=5e-5"],
     ("hardware", "cpu"): ON_REAL[:2],
     ("jobs", "agents"): ["fleet=with_workers", "jobs.sources.0.sessions=1"],
@@ -56,6 +57,8 @@ def files(tmp_path: Path) -> Path:
     call = {"type": "n", "in": 70, "out": 5, "hash_ids": [1], "input_types": ["text"], "think_time": 1.0}
     session = {"id": "s", "block_size": 64, "requests": [call, {**call, "input_types": ["tool_result"]}]}
     (tmp_path / "session.json").write_bytes(msgspec.json.encode(session))
+    rows = [f'{{"arrival_s":0,"prompt_tokens":20,"output_tokens":4,"tenant":"{tenant}"}}\n' for tenant in "abc"]
+    (tmp_path / "tenants.jsonl").write_text("".join(rows))
     grid = "prefill,1,0,0.01\nprefill,9,0,0.02\ndecode,1,0,0.01\ndecode,9,0,0.01\n"
     (tmp_path / "table.csv").write_text("kind,tokens,context,duration_s\n" + grid)
     (tmp_path / "profile.json").write_bytes(msgspec.json.encode(PROFILE))

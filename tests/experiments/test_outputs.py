@@ -14,7 +14,8 @@ import pytest
 from cluster import events as ev
 from cluster.actions import LaunchExecutor
 from cluster.client import Client
-from cluster.metrics import Recorder, Slo, Window, summarise
+from cluster.metrics import Slo, Window, summarise
+from cluster.recorder import Recorder
 from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, Outcome, Role, Stage, to_ns
 from experiments import outputs
@@ -48,7 +49,7 @@ def recorded() -> Recorder:
         at = to_ns(first)
         hear(ev.FirstToken(to="je-0", time=at, occurred=at, request_id=request_id, task_id=0, executor="te-0"))
         at = to_ns(last)
-        gaps = (to_ns(last - first) // (tokens - 1),) * (tokens - 1) if tokens > 1 else ()
+        times = [round(time) for time in np.linspace(to_ns(first), at, tokens)] if tokens > 1 else [at]
         hear(
             ev.TaskFinished(
                 to="je-0",
@@ -61,7 +62,7 @@ def recorded() -> Recorder:
                 stopped=True,
                 tokens=tokens,
                 last_token_ns=at,
-                token_gaps_ns=gaps,
+                token_times=ev.pack_times(times),
                 cached_tokens=16,
             )
         )
@@ -122,7 +123,7 @@ def test_all_files_carry_their_schema(folder: Path) -> None:
         if name.endswith(".parquet"):
             assert pq.read_schema(folder / name).metadata[b"deepflow.schema"] == schema.encode()
     assert json.loads((folder / "summary.json").read_text())["schema"] == "deepflow-summary/1"
-    assert json.loads((folder / "timeline.json").read_text())["otherData"]["schema"] == "deepflow-timeline/1"
+    assert json.loads((folder / "timeline.json").read_text())["otherData"]["schema"] == "deepflow-timeline/2"
 
 
 def test_requests_hold_the_columns_of_the_recorder(folder: Path) -> None:
@@ -246,66 +247,11 @@ def test_a_summary_stands_for_a_complete_folder(folder: Path, monkeypatch: pytes
     def stop(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(outputs, "_write_timeline", stop)
+    monkeypatch.setattr(outputs.timeline, "write_timeline", stop)
     with pytest.raises(OSError, match="disk full"):
         write_run(folder, recorded(), {}, {}, SLO, WINDOW)
     with pytest.raises(ValueError, match=r"summary.json is missing"):
         read_summary(folder)
-
-
-def test_the_timeline_is_what_perfetto_reads(folder: Path) -> None:
-    """Every trace event has a known phase, a process that is named, and times in microseconds."""
-    trace = json.loads((folder / "timeline.json").read_text())["traceEvents"]
-    processes = {event["pid"]: event["args"]["name"] for event in trace if event["name"] == "process_name"}
-    assert list(processes.values()) == ["te-0", "te-1", "no executor finished these"]
-    assert {event["ph"] for event in trace} == {"M", "X", "i", "C", "b", "e"}
-    assert {event["pid"] for event in trace} <= set(processes)
-    spans = [(event["name"], event["pid"], event["ts"], event["dur"]) for event in trace if event["ph"] == "X"]
-    assert spans == [
-        ("launching", 2, 0, 500_000),
-        ("launching", 1, 0, 250_000),
-        ("te_load", 1, 50_000, 200_000),
-        ("serving", 1, 250_000, 4_250_000),
-        ("te_load", 2, 300_000, 200_000),
-        ("serving", 2, 500_000, 4_000_000),
-    ]
-    (failed,) = (event for event in trace if event["ph"] == "i")
-    assert (failed["name"], failed["pid"], failed["ts"]) == ("failed", 2, 4_500_000)
-    waiting = [event["args"]["requests"] for event in trace if event["ph"] == "C" and event["name"] == "waiting"]
-    assert waiting == [0, 1, 2, 3]
-
-
-def test_the_phases_of_requests_nest_in_the_timeline(folder: Path) -> None:
-    """A request is a span with prefill and decode in it; every span that begins ends, none before it began."""
-    trace = json.loads((folder / "timeline.json").read_text())["traceEvents"]
-    open_spans: dict[str, list[tuple[str, float]]] = {}
-    closed: dict[str, dict[str, tuple[float, float]]] = {}
-    for event in trace:
-        if event["ph"] == "b":
-            open_spans.setdefault(event["id"], []).append((event["name"], event["ts"]))
-        elif event["ph"] == "e":
-            name, begin = open_spans[event["id"]].pop()
-            assert name == event["name"]
-            closed.setdefault(event["id"], {})[name] = (begin / 1e6, event["ts"] / 1e6)
-    assert not any(open_spans.values())
-    assert closed["0x0"] == {"prefill": (1.0, 1.5), "decode": (1.5, 2.5), "request": (1.0, 2.5)}
-    assert closed["0x2"] == {"prefill": (1.5, 1.75), "request": (1.5, 1.75)}
-    assert closed["0x3"] == {"request": (2.0, 2.0)}
-    assert closed["0x4"] == {"prefill": (2.25, 4.5), "request": (2.25, 4.5)}
-    (refused,) = (event["args"] for event in trace if event["ph"] == "b" and event["id"] == "0x3")
-    assert refused["reason"] == "too <long>"
-
-
-def test_the_timeline_of_a_long_run_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond its limits the timeline has the first requests and every n-th report of each executor, and says so."""
-    monkeypatch.setattr(outputs, "TIMELINE_REQUESTS", 2)
-    monkeypatch.setattr(outputs, "TIMELINE_COUNTERS", 2)
-    write_run(tmp_path, recorded(), {}, {}, SLO, WINDOW)
-    timeline = json.loads((tmp_path / "timeline.json").read_text())
-    events = timeline["traceEvents"]
-    assert timeline["otherData"]["requests"] == "2 of 5"
-    assert {event["id"] for event in events if event["ph"] == "b"} == {"0x0", "0x1"}
-    assert [event["pid"] for event in events if event["name"] == "waiting"] == [1, 2]
 
 
 def test_nothing_heavy_loads_before_a_run() -> None:

@@ -34,6 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time goes on when the test says so."""
     clock = Clock()
     monkeypatch.setattr(progress.time, "perf_counter", clock)
+    monkeypatch.setattr(progress, "memory_bytes", lambda: 123_000_000)
     return clock
 
 
@@ -45,9 +46,9 @@ def test_a_log_gets_a_plain_line_every_ten_seconds(clock: Clock) -> None:
             clock.now = 100 + 0.1 * step
             bar.update(4 * step, 2.0 * step)
     assert out.getvalue().splitlines() == [
-        "round_robin: 400/1,000 requests (40%), 40/s, simulated 0:03:20",
-        "round_robin: 800/1,000 requests (80%), 40/s, simulated 0:06:40",
-        "round_robin: 1,000/1,000 requests (100%), 40/s, simulated 0:08:20",
+        "round_robin: 400/1,000 requests (40%), 40/s, simulated 0:03:20 at 20x, 123 MB",
+        "round_robin: 800/1,000 requests (80%), 40/s, simulated 0:06:40 at 20x, 123 MB",
+        "round_robin: 1,000/1,000 requests (100%), 40/s, simulated 0:08:20 at 20x, 123 MB",
     ]
 
 
@@ -61,14 +62,15 @@ def test_a_short_run_leaves_no_line_in_a_log(clock: Clock) -> None:
 
 
 def test_a_terminal_gets_a_bar(clock: Clock) -> None:
-    """On a terminal the bar shows requests done, their rate, and the simulated clock."""
+    """On a terminal the bar shows requests done, their rate, the simulated clock and its speed."""
     out = Terminal()
     with ProgressBar(200, "round [robin]", stream=out) as bar:
         clock.now += 2
         bar.update(50, 61.0)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "round [robin]" in shown
-    assert "50/200 requests, 25/s, simulated 0:01:01" in shown
+    said = "50/200 requests, 25/s, simulated 0:01:01 at 30x, 123 MB"
+    assert said in " ".join(shown.split())
     assert "\x1b[?25h" in out.getvalue()  # the cursor is back
 
 
@@ -77,8 +79,8 @@ def test_a_real_run_shows_elapsed_time_and_may_not_know_its_length(clock: Clock)
     out = io.StringIO()
     with ProgressBar(None, "serve", stream=out) as bar:
         clock.now += 3725
-        bar.update(7)
-    assert out.getvalue().splitlines()[0] == "serve: 7 requests, 0.0/s, elapsed 1:02:05"
+        bar.update(7, under_way=3)
+    assert out.getvalue().splitlines()[0] == "serve: 7 requests (3 under way), 0.0/s, elapsed 1:02:05, 123 MB"
 
 
 def test_it_draws_at_most_ten_times_a_second(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.metrics import Recorder, Slo, Window, summarise
+from cluster.metrics import Slo, Window, summarise
+from cluster.recorder import Recorder
 from cluster.vocabulary import Stage, to_ns
 from experiments import report, report_figures
 from experiments.outputs import read_requests, read_summary, write_run

@@ -12,8 +12,9 @@ from cluster import identity
 from cluster.request import KvSource, Request, Task
 from cluster.vocabulary import TaskKind
 from flowserve import ops
+from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import NONE, EngineConfig, EngineCore
+from flowserve.core.scheduler import NONE, EngineCore
 from flowserve.core.sequence import Status
 from flowserve.core.tiers import Move
 from flowserve.models import Model

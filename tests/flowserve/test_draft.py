@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from flowserve.runtime.checkpoint import make_checkpoint
 from flowserve.runtime.draft import FEWEST, MOST, PromptLookup

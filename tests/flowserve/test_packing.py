@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from cluster import identity
 from cluster.request import Request, Task
 from cluster.vocabulary import TaskKind
+from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.scheduler import EngineCore
 from flowserve.ops.step import Ints
 from flowserve.runtime.packing import PackedStep, Packer
 

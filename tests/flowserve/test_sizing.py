@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster import events as ev
+from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan
-from flowserve.core.scheduler import EngineConfig
 from flowserve.ops import device
 from flowserve.ops.device import Memory
 from flowserve.runtime.checkpoint import make_checkpoint

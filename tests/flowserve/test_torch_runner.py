@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.request import KvSource
 from cluster.vocabulary import TaskKind
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.sequence import Status
 from flowserve.runtime.checkpoint import make_checkpoint
 from flowserve.runtime.runner import Payload, Runner

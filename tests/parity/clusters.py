@@ -11,13 +11,13 @@ from cluster.control import ControlPlane
 from cluster.events import Event
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
 from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.recorder import Recorder
 from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role, Stage
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from policies.scaling.fixed import Fixed
 from real.cluster import Engine, RealCluster

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import Role, to_ns
+from flowserve.core.config import EngineConfig
 from flowserve.core.record import TurnRecord, read_turns
-from flowserve.core.scheduler import EngineConfig
 from flowserve.core.tiers import Tier, TierConfig
 from policies.dispatch.round_robin import RoundRobin
 from sim.lockstep import Lockstep

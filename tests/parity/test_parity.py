@@ -10,7 +10,7 @@ from cluster.fleet import Fleet
 from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.request import Answer, Arrival, Request, Task, Trigger
 from cluster.vocabulary import Role, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
 from policies.dispatch.least_outstanding import LeastOutstanding

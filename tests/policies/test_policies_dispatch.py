@@ -231,6 +231,7 @@ def test_the_predictor_learns_from_finished_requests() -> None:
         stopped=False,
         tokens=5000,
         last_token_ns=0,
+        token_times=b"",
     )
     for stopped, expected in ((False, "c0"), (True, "p0")):
         policy.finished(request, msgspec.structs.replace(done, stopped=stopped))

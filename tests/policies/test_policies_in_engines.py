@@ -12,7 +12,8 @@ from cluster.engine_policy import PolicySpec, QueueOrder
 from cluster.events import FirstToken, TaskFinished
 from cluster.request import Arrival
 from cluster.vocabulary import Outcome
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.config import EngineConfig
+from flowserve.core.scheduler import EngineCore
 from sim.cluster import Failure
 from sim.latency import Constant
 from tests.builders import Run, chain, disaggregated, make_arrival, run_sim

@@ -7,7 +7,7 @@ from cluster.manager import GroupPlan
 from cluster.policy import DispatchPolicy
 from cluster.request import Arrival, Request, Task, Trigger
 from cluster.vocabulary import Outcome, Stage, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
 from policies.dispatch.least_outstanding import LeastOutstanding

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.log import engine_logger, last_words
 from flowserve.runtime.wire import TorchDevice
 from tests.builders import make_arrival

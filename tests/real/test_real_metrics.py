@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster import events as ev
 from cluster.actions import Action
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from real.cluster import RealCluster
 from real.metrics import PREFIX, ServingMetrics
 from tests.builders import disaggregated, make_arrival

@@ -15,7 +15,7 @@ import pytest
 from cluster import events as ev
 from cluster.actions import LaunchExecutor
 from cluster.manager import GroupPlan
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import TorchDevice
 from real.cluster import Engine, RealCluster
 from tests.builders import make_arrival, make_spec

@@ -7,7 +7,7 @@ from cluster.manager import GroupPlan
 from cluster.metrics import Slo, summarise
 from cluster.request import Arrival, Trigger
 from cluster.vocabulary import ExecutorState, FailureReason, Outcome
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from policies.scaling.fixed import Fixed
 from tests.builders import disaggregated, make_arrival, make_spec

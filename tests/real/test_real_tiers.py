@@ -10,7 +10,7 @@ from cluster import events as ev
 from cluster.manager import GroupPlan
 from cluster.request import Answer, Arrival, Request, Trigger
 from cluster.vocabulary import NS_PER_S, Role
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.wire import NullDevice, TorchDevice

@@ -14,9 +14,9 @@ from cluster.actions import EndRun, SetTimer
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.vocabulary import to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.sampling import Sampling
 from flowserve.runtime.tiny_tokenizer import make_tokenizer

@@ -11,8 +11,8 @@ from cluster.actions import LaunchExecutor
 from cluster.manager import GroupPlan
 from cluster.metrics import Slo, summarise
 from cluster.request import Answer, Arrival, Request, Trigger
+from flowserve.core.config import EngineConfig
 from flowserve.core.record import read_turns
-from flowserve.core.scheduler import EngineConfig
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.wire import TorchDevice
 from real.cluster import Engine, RealCluster

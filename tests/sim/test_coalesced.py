@@ -13,7 +13,7 @@ from cluster.manager import GroupPlan
 from cluster.policy import DispatchPolicy, GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
@@ -24,7 +24,17 @@ from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure, SimCluster
 from sim.latency import Constant, Fitted
 from sim.link import Link
-from tests.builders import MODEL, Run, chain, disaggregated, make_arrival, make_request, run_sim, tier_links
+from tests.builders import (
+    MODEL,
+    Run,
+    chain,
+    disaggregated,
+    make_arrival,
+    make_request,
+    make_spec,
+    run_sim,
+    tier_links,
+)
 
 
 def deepflow() -> DispatchPolicy:
@@ -93,6 +103,7 @@ def workloads(draw: st.DrawFn) -> list[Arrival]:
             prompt,
             limit,
             None if ids is None else ids[: prompt // 16],
+            model=draw(st.sampled_from([MODEL, MODEL, MODEL, "n"])),
             tenant=draw(st.sampled_from(["", "", "other"])),
             priority=draw(st.integers(0, 1)),
         )
@@ -125,6 +136,8 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         GroupPlan(group.spec, group.initial, 1, group.maximum + spare)
         for group in disaggregated(prefill, decode, colocated)
     ]
+    if draw(st.booleans()):  # else nobody serves the other model
+        groups.append(GroupPlan(make_spec(model="n"), 1 - bool(spare), 0, 2))
     return {
         "groups": groups,
         "scaling": draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed,

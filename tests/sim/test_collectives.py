@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from cluster.latency import StepShape
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from experiments import build, compose
 from sim.hardware import AllToAll, Hardware
-from sim.latency import Roofline
 from sim.model_shape import ModelShape
+from sim.roofline import Roofline
 
 NPU = Hardware(
     name="npu",

@@ -8,11 +8,11 @@ from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.latency import StepShape
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorSpec, Role
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from sim.cluster import Node, SimCluster

@@ -5,7 +5,7 @@ import pytest
 from cluster import events as ev
 from cluster.request import Answer, Arrival, Request
 from cluster.vocabulary import to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from sim.latency import Constant
 from tests.builders import MODEL, Run, run_sim
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cluster import events as ev
 from cluster.manager import GroupPlan
 from cluster.vocabulary import Outcome, Stage, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import contiguous_runs
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure

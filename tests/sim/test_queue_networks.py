@@ -27,11 +27,11 @@ from cluster.job_executor import JobExecutor
 from cluster.jobs.executor import WorkJobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager
-from cluster.metrics import Recorder
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, WORKERS, Outcome, Role, to_ns
 from cluster.work import WORK, AnyArrival
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from sim.cluster import Node, SimCluster, WorkNode

@@ -15,10 +15,11 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.metrics import Recorder, RequestTable, Window
+from cluster.metrics import RequestTable, Window
+from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival
 from cluster.vocabulary import Outcome, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from sim.cluster import Node, SimCluster

@@ -10,7 +10,7 @@ from cluster.manager import GroupPlan
 from cluster.policy import GroupLoad, ScalingPolicy
 from cluster.request import Trigger
 from cluster.vocabulary import NS_PER_S, ExecutorState, FailureReason, Outcome, Role, Stage, to_ns
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from sim.cluster import Delays, Failure, SimCluster
 from sim.coldstart import ColdStart

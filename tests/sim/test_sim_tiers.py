@@ -7,7 +7,7 @@ from cluster.actions import Action, ReleaseKvContext
 from cluster.events import Event
 from cluster.request import Arrival
 from cluster.vocabulary import NS_PER_S
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from sim.cluster import SimCluster
 from sim.latency import Constant

@@ -8,7 +8,7 @@ from cluster import events as ev
 from cluster.request import Arrival
 from cluster.vocabulary import Outcome, to_ns
 from flowserve.core.allocator import AllocatorKind
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import contiguous_runs
 from sim.cluster import Delays
 from sim.latency import Constant

@@ -7,7 +7,7 @@ import pytest
 from cluster.acceptance import Acceptance
 from cluster.metrics import Slo, summarise
 from cluster.vocabulary import Outcome
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from sim.latency import Constant
 from tests.builders import Run, disaggregated, make_arrival, run_sim
 

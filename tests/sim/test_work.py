@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import events as ev
-from cluster.control import Decision
+from cluster.decision_log import Decision
 from cluster.manager import GroupPlan
 from cluster.request import Trigger
 from cluster.vocabulary import NS_PER_S, ExecutorSpec, FailureReason, Role, Stage, to_ns
 from cluster.work import FIRST_CALL, Agent, Call, Truth, WorkArrival, WorkRequest
-from flowserve.core.scheduler import EngineConfig
+from flowserve.core.config import EngineConfig
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure
 from sim.latency import Constant
@@ -108,10 +108,10 @@ def test_training_takes_npus_only_while_it_lasts() -> None:
     scaling = TargetUtilisation(target=1.0, period_s=1.0, down_delay_s=3.0)
     run = run_sim(workload, groups=groups, scaling=scaling, stages=[(Stage.TE_LOAD, to_ns(2.0))])
     assert [row.outcome for row in rows(run)] == ["finished"] * 2
-    held = run.recorder.npu_seconds(Role.TRAINING) / 8
+    held = run.recorder.npu_seconds(role=Role.TRAINING) / 8
     assert 2 + 10.5 < held < 25 < run.recorder.end_ns / NS_PER_S
     assert run.recorder.npu_seconds() == pytest.approx(
-        run.recorder.npu_seconds(Role.TRAINING) + run.recorder.npu_seconds(Role.COLOCATED)
+        run.recorder.npu_seconds(role=Role.TRAINING) + run.recorder.npu_seconds(role=Role.COLOCATED)
     )
 
 

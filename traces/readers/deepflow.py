@@ -9,6 +9,7 @@ One request per row, in order of arrival. Times are seconds with up to nine deci
 | output_tokens | yes | tokens of the true output, at least 1 |
 | request_id | no | whole number, greater than in the row above; else the row's index from 0 |
 | max_tokens | no | the client's limit, at least output_tokens; else what the reader is told |
+| model | no | name of the model asked for; else the one the reader is told |
 | tenant | no | text |
 | priority | no | whole number, the larger the more important; else 0 |
 | deadline_s | no | the whole answer is due so long after the request arrived, more than 0 |
@@ -63,6 +64,7 @@ CSV_FIELDS = (
     "prompt_tokens",
     "output_tokens",
     "max_tokens",
+    "model",
     "tenant",
     "priority",
     "deadline_s",
@@ -111,7 +113,7 @@ class DeepFlowTrace(FileTrace):
             request_id=row.integer("request_id", least=0, most=_MOST) if row.has("request_id") else index,
             prompt_tokens=prompt,
             max_tokens=row.integer("max_tokens", least=1) if row.has("max_tokens") else limit,
-            model=self.model,
+            model=row.text("model") or self.model,
             block_ids=row.numbers("block_ids", full, "prompt_tokens // 16") if row.has("block_ids") else None,
             tenant=row.text("tenant"),
             priority=row.integer("priority", least=-_MOST, most=_MOST) if row.has("priority") else 0,

@@ -10,7 +10,8 @@ from cluster.latency import StepShape
 from cluster.request import Request, Task
 from cluster.vocabulary import TaskKind
 from experiments.bench.harness.workload import Load
-from flowserve.core.scheduler import EngineConfig, EngineCore
+from flowserve.core.config import EngineConfig
+from flowserve.core.scheduler import EngineCore
 from flowserve.runtime.runner import Payload
 from flowserve.runtime.sampling import Sampling
 from flowserve.runtime.torch_runner import TorchRunner

@@ -1,0 +1,297 @@
+"""What happened, noted while it happens: a row per request, the gaps between its tokens, loads, steps of scaling."""
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cluster import events as ev
+from cluster.actions import Action, LaunchExecutor
+from cluster.client import ClientActor
+from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome, Role
+
+NONE = -1
+"""Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
+
+
+TIMES_AT_ONCE = 1 << 16
+"""Of so many tokens the gaps are computed together."""
+
+
+class _Live:
+    """`times` of tokens; `breaks`: places in it before which it is not known how long the pause was."""
+
+    __slots__ = (
+        "accepted",
+        "arrival",
+        "attempts",
+        "breaks",
+        "cached",
+        "drafted",
+        "dram",
+        "first",
+        "gap_end",
+        "lag",
+        "last",
+        "model",
+        "preemptions",
+        "prompt",
+        "rejections",
+        "ssd",
+        "started",
+        "times",
+    )
+
+    def __init__(self, arrival: int, lag: int, prompt: int, model: str) -> None:
+        self.arrival = arrival
+        self.lag = lag
+        self.prompt = prompt
+        self.model = model
+        self.first = NONE
+        self.last = NONE
+        self.gap_end = NONE
+        self.times = array("q")
+        self.breaks: list[int] | None = None
+        self.cached = 0
+        self.dram = 0
+        self.ssd = 0
+        self.preemptions = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.rejections = 0
+        self.attempts = 0
+        self.started = ""
+
+
+class Held(NamedTuple):
+    """An executor's time in ns from launch to retirement or the end of the run, and that in which it computed."""
+
+    executor: str
+    spec: ExecutorSpec
+    held_ns: int
+    busy_ns: int
+
+
+class Recorder:
+    """Turns events into records: per request, per load report, per step of scaling. Columns of integers."""
+
+    REQUEST_COLUMNS = (
+        "request_id",
+        "arrival_ns",
+        "lag_ns",
+        "first_token_ns",
+        "last_token_ns",
+        "prompt_tokens",
+        "output_tokens",
+        "cached_tokens",
+        "dram_tokens",
+        "ssd_tokens",
+        "preemptions",
+        "failed_tasks",
+        "draft_tokens",
+        "accepted_tokens",
+        "draft_rejections",
+    )
+
+    def __init__(self) -> None:
+        self._rows = array("q")
+        self._gaps = array("q")
+        self._times = array("q")  # of tokens whose gaps are not computed yet: of many requests at once that is fast
+        self._no_gaps = array("q")  # places in it that begin something
+        self.outcomes: list[str] = []
+        self.reasons: list[str] = []
+        self.executors: list[str] = []
+        self.models: list[str] = []
+        self.gap_counts = array("q")
+        """How many of `gaps` are of each request."""
+        self.loads: list[ev.LoadReport] = []
+        self.scaling: list[tuple[int, str, str, int]] = []
+        """(time_ns, executor, what, took_ns): launches, stages, state changes."""
+        self.end_ns = 0
+        self._specs: dict[str, ExecutorSpec] = {}
+        self._held: dict[str, tuple[int, int]] = {}
+        self._last_done: dict[str, int] = {}
+        self._live: dict[int, _Live] = {}
+
+    @property
+    def requests(self) -> dict[str, "array[int]"]:
+        """`REQUEST_COLUMNS` by name, a row per request in the order they ended."""
+        width = len(self.REQUEST_COLUMNS)
+        return {name: self._rows[place::width] for place, name in enumerate(self.REQUEST_COLUMNS)}
+
+    @property
+    def gaps(self) -> "array[int]":
+        """Gaps between tokens in ns, request after request; `gap_counts` says how many are whose."""
+        self._find_gaps()
+        return self._gaps
+
+    def _find_gaps(self) -> None:
+        if self._times:
+            times = np.frombuffer(self._times, np.int64)
+            gaps = np.delete(np.diff(times), np.frombuffer(self._no_gaps, np.int64)[1:] - 1)
+            self._gaps.frombytes(gaps.tobytes())
+            del times
+            del self._times[:], self._no_gaps[:]
+
+    def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
+        """Note what an event says. `client` knows when its requests were due."""
+        if event.time > self.end_ns:
+            self.end_ns = event.time
+        note = _NOTES.get(type(event))
+        if note is not None:
+            note(self, event)
+        elif type(event) is ev.RequestArrived:
+            self._arrived(event, event.occurred - client.due[event.request.request_id])
+        for action in actions:
+            if type(action) is LaunchExecutor:
+                self._specs[action.executor] = action.spec
+                self._held[action.executor] = (event.time, NONE)
+                self.scaling.append((event.time, action.executor, "launch", 0))
+
+    def _arrived(self, event: ev.RequestArrived | ev.CallArrived, lag: int = 0) -> None:
+        """A job is never late with its calls."""
+        request = event.request
+        self._live[request.request_id] = _Live(event.occurred, lag, request.prompt_tokens, request.model)
+
+    def _first_token(self, event: ev.FirstToken) -> None:
+        live = self._live.get(event.request_id)
+        if live is not None and live.first == NONE:
+            live.first = live.last = live.gap_end = event.occurred
+
+    def _task_failed(self, event: ev.TaskFailed) -> None:
+        live = self._live.get(event.request_id)
+        if live is not None:
+            live.attempts += 1
+            live.gap_end = NONE  # when the lost executor's last token came is not known here
+
+    def _load_reported(self, event: ev.LoadReport) -> None:
+        if event.to == "cm":
+            self.loads.append(event)
+
+    def _scaled(self, event: ev.StageFinished | ev.ExecutorReady | ev.ExecutorDrained | ev.RoleSwitched) -> None:
+        took = 0
+        match event:
+            case ev.StageFinished():
+                what, took = str(event.stage), event.took_ns
+            case ev.ExecutorReady():
+                what = "ready"
+            case ev.ExecutorDrained():
+                what = "drained"
+            case ev.RoleSwitched():
+                what = f"serves {event.spec.role}"
+        self.scaling.append((event.occurred, event.executor, what, took))
+
+    def _gone(self, event: ev.ExecutorRetired | ev.ExecutorFailed) -> None:
+        what = "retired" if isinstance(event, ev.ExecutorRetired) else "failed"
+        self.scaling.append((event.occurred, event.executor, what, 0))
+        launched, until = self._held[event.executor]
+        self._held[event.executor] = (launched, event.occurred if until == NONE else until)
+
+    def _task_finished(self, event: ev.TaskFinished) -> None:
+        self._last_done[event.executor] = event.last_token_ns
+        live = self._live.get(event.request_id)
+        if live is None:
+            return
+        live.preemptions += event.preemptions
+        if event.cached_tokens > live.cached:
+            live.cached, live.dram, live.ssd = event.cached_tokens, event.dram_tokens, event.ssd_tokens
+        if event.draft_tokens or event.draft_rejections:
+            live.drafted += event.draft_tokens
+            live.accepted += event.accepted_tokens
+            live.rejections += event.draft_rejections
+        live.started = live.started or event.executor
+        live.last = event.last_token_ns
+        before, times = live.gap_end, live.times
+        place = len(times)
+        times.frombytes(event.token_times)
+        if place and (before == NONE or times[place] <= before):
+            live.breaks = [*(live.breaks or ()), place]
+        elif not place and NONE != before < times[0]:
+            times.insert(0, before)
+        live.gap_end = event.last_token_ns
+
+    def _work_finished(self, event: ev.WorkFinished) -> None:
+        self._last_done[event.executor] = event.occurred
+
+    def _ended(self, event: ev.RequestEnded | ev.CallEnded) -> None:
+        self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
+
+    def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
+        self._rows.extend(
+            (
+                request_id,
+                live.arrival,
+                live.lag,
+                live.first,
+                live.last if outcome == Outcome.FINISHED else NONE,
+                live.prompt,
+                generated,
+                live.cached,
+                live.dram,
+                live.ssd,
+                live.preemptions,
+                live.attempts,
+                live.drafted,
+                live.accepted,
+                live.rejections,
+            )
+        )
+        times, start = live.times, len(self._times)
+        gaps = 0
+        if times:
+            self._times += times
+            self._no_gaps.append(start)
+            gaps = len(times) - 1
+            if live.breaks is not None:
+                self._no_gaps.extend([start + place for place in live.breaks])
+                gaps -= len(live.breaks)
+            if len(self._times) > TIMES_AT_ONCE:
+                self._find_gaps()
+        self.gap_counts.append(gaps)
+        self.outcomes.append(str(outcome))
+        self.reasons.append(reason)
+        self.executors.append(live.started)
+        self.models.append(live.model)
+
+    def censor(self) -> None:
+        """The run is over: what has not ended by now is recorded as unfinished."""
+        for request_id, live in list(self._live.items()):
+            self._append(request_id, live, "unfinished", "the run ended first", 0)
+        self._live.clear()
+
+    def held(self) -> Iterator[Held]:
+        """Every executor, for how long it was paid for and how much of that it computed."""
+        reports = {load.executor: load for load in self.loads}
+        for name, (launched, until) in self._held.items():
+            report, end = reports.get(name), self.end_ns if until == NONE else until
+            busy = 0
+            if report is not None:  # what finishes after the last report was computed since
+                busy = report.busy_ns + max(0, self._last_done.get(name, 0) - report.occurred)
+            yield Held(name, self._specs[name], end - launched, busy)
+
+    def npu_seconds(self, model: str | None = None, role: Role | None = None) -> float:
+        """NPUs times seconds held, from launch to retirement (or to the end of the run); by executors of one model or
+        one role, where it is named.
+        """
+        held = (each for each in self.held() if model is None or each.spec.model == model)
+        return sum(each.spec.npus * each.held_ns for each in held if role is None or each.spec.role is role) / NS_PER_S
+
+
+_NOTES: dict[type, Callable[[Recorder, Any], None]] = {
+    ev.FirstToken: Recorder._first_token,
+    ev.TaskFinished: Recorder._task_finished,
+    ev.TaskFailed: Recorder._task_failed,
+    ev.RequestEnded: Recorder._ended,
+    ev.CallArrived: Recorder._arrived,
+    ev.CallEnded: Recorder._ended,
+    ev.WorkFinished: Recorder._work_finished,
+    ev.LoadReport: Recorder._load_reported,
+    ev.StageFinished: Recorder._scaled,
+    ev.ExecutorReady: Recorder._scaled,
+    ev.ExecutorDrained: Recorder._scaled,
+    ev.RoleSwitched: Recorder._scaled,
+    ev.ExecutorRetired: Recorder._gone,
+    ev.ExecutorFailed: Recorder._gone,
+}
+"""What is noted of each kind of event; of a request's arrival, more than it says."""
