@@ -6,6 +6,7 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import dropwhile
 from typing import Protocol
 
 import numpy as np
@@ -84,6 +85,27 @@ class Client:
                 return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
             case _:
                 return []
+
+    def resume(self, workload: Iterable[AnyArrival]) -> None:
+        """Go on where this client was when it was pickled; of the same workload, what it has read is passed over."""
+        self._workload = dropwhile(self._has_read, workload)
+
+    def _has_read(self, arrival: AnyArrival) -> bool:
+        return arrival.request.request_id <= self._last_id
+
+    def take_workload(self) -> Iterator[AnyArrival]:
+        """What is still to be read, until `give_workload`."""
+        workload, self._workload = self._workload, iter(())
+        return workload
+
+    def give_workload(self, workload: Iterator[AnyArrival]) -> None:
+        """Undo `take_workload`."""
+        self._workload = workload
+
+    @property
+    def start_ns(self) -> int:
+        """When the times of the workload begin."""
+        return self._start_ns
 
     def _timer(self, event: ev.TimerFired) -> list[Action]:
         if event.name == _NEXT:

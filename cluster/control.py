@@ -15,6 +15,8 @@ from cluster.manager import ClusterManager
 from cluster.recorder import Recorder
 from cluster.seam import Cluster
 
+_encode = msgspec.json.Encoder().encode
+
 C = TypeVar("C", bound=ClientActor)
 
 
@@ -32,7 +34,7 @@ class Actor(Protocol):
 class ControlPlane(Generic[C]):
     """Client, job executors and cluster manager; the same objects whichever cluster they drive.
 
-    `work`: the job executor for work other than serving, where a run has such.
+    `work`: the job executor for work other than serving, where a run has such. `log`: the decision log, open.
     """
 
     def __init__(
@@ -50,14 +52,16 @@ class ControlPlane(Generic[C]):
         self.work = work
         actors: list[Actor] = [client, *job_executors, manager, *([] if work is None else [work])]
         self._actors = {actor.name: actor for actor in actors}
-        self._log: IO[bytes] | None = None
-        self._encode = msgspec.json.Encoder().encode
+        self.log: IO[bytes] | None = None
         self._sequence = 0
 
     def log_to(self, log: IO[bytes]) -> None:
-        """Write every decision from here on as a line of JSON, behind a header line with the schema."""
-        self._log = log
-        log.write(self._encode(LogHeader()) + b"\n")
+        """Write every decision from here on as a line of JSON, behind a header line with the schema where it is the
+        first.
+        """
+        self.log = log
+        if not self._sequence:
+            log.write(_encode(LogHeader()) + b"\n")
 
     def on_event(self, event: Event) -> list[Action]:
         """Let the addressed actor decide. A first token is heard by the client too: it sees its answer begin."""
@@ -65,8 +69,8 @@ class ControlPlane(Generic[C]):
         if type(event) is FirstToken:
             actions = [*actions, *self.client.on_event(event)]
         self.recorder.record(event, actions, self.client)
-        if self._log is not None:
-            self._log.write(self._encode(Decision(self._sequence, event, actions)) + b"\n")
+        if self.log is not None:
+            self.log.write(_encode(Decision(self._sequence, event, actions)) + b"\n")
             self._sequence += 1
         return actions
 

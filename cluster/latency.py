@@ -31,8 +31,8 @@ class StepTime(Protocol):
 class LatencyModel(StepTime, Protocol):
     """How long steps take on one executor. Models derive from this, for what it adds to `step_ns`.
 
-    `stages`: of the executor's pipeline; steps on end overlap in it, so each takes `step_ns` behind another one, and
-    `fill_ns` more where none is ahead of it.
+    `stages`: of the executor's pipeline; steps on end overlap in it, so that each takes `step_ns` behind another one,
+    and `fill_ns` more where none is ahead of it.
     """
 
     stages: int = 1

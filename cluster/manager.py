@@ -176,6 +176,11 @@ class ClusterManager:
             case _:
                 return []
 
+    def follow(self, policy: ScalingPolicy, now: int) -> list[Action]:
+        """Scale by another policy from here on."""
+        waits, self._policy = self._policy.period_s is not None, policy
+        return [] if waits else self._set_timer(now)
+
     def loads(self) -> dict[ExecutorSpec, GroupLoad]:
         """Every TE group as it is known here."""
         return {group.plan.spec: self._load(group) for group in self._groups}

@@ -2,6 +2,6 @@
 
 import experiments.compiled  # noqa: F401 - ahead of the modules that it may replace
 from experiments.config import compose
-from experiments.run import RunResult, run
+from experiments.run import RunResult, resume, run
 
-__all__ = ["RunResult", "compose", "run"]
+__all__ = ["RunResult", "compose", "resume", "run"]

@@ -73,7 +73,9 @@ class GroupConfig(msgspec.Struct, frozen=True):
     `npus`: of each executor, by default 1, and none of a CPU worker. `slots`: of each CPU worker, tasks side by side.
     `model`: the same of conf/model, or a Hugging Face folder. `copies` above 0: the entry stands for so many models of
     that shape (fine-tuned ones, say), named NAME-0, NAME-1 and so on, and a group of each. `profile`: the latency
-    profile of this model on this hardware, in place of the run's latency model. Workers belong to no model.
+    profile of this model on this hardware, in place of the run's latency model. `pipeline_stages`,
+    `attention_groups`: how its executors spread the model, where that is not in its shape (`ModelShape`). Workers
+    belong to no model.
     """
 
     role: Role
@@ -86,6 +88,17 @@ class GroupConfig(msgspec.Struct, frozen=True):
     model: str = ""
     copies: int = 0
     profile: str = ""
+    pipeline_stages: int | None = None
+    attention_groups: int | None = None
+
+    def spread(self, shape: ModelShape) -> ModelShape:
+        """The shape as the executors of this group have it."""
+        stages, parts = self.pipeline_stages, self.attention_groups
+        return msgspec.structs.replace(
+            shape,
+            pipeline_stages=shape.pipeline_stages if stages is None else stages,
+            attention_groups=shape.attention_groups if parts is None else parts,
+        )
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -104,6 +117,7 @@ class Settings(msgspec.Struct, frozen=True):
     report: bool
     progress: bool
     watch: bool
+    snapshot_at: float | None
     out: str | None
 
 
@@ -164,6 +178,11 @@ def check_types(cfg: DictConfig) -> None:
     ):
         typed({field: plain(node[field]) for field in kind.__struct_fields__}, kind, where)
     sampling(cfg)
+    if cfg.snapshot_at is not None and not (cfg.snapshot_at >= 0 and cfg.backend.name == "sim"):
+        raise ValueError(
+            f"snapshot_at is {cfg.snapshot_at} on backend {cfg.backend.name}: allowed are seconds from 0 up of a "
+            "simulated run"
+        )
     if cfg.electricity_per_kwh < 0:
         raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")
     for field in ("report_period_s", "step_s", "prefill_token_s"):
@@ -235,6 +254,15 @@ def job_sources(cfg: DictConfig, model: str) -> list[Iterable[AnyArrival]]:
     ]
 
 
+def rate_from(arrivals: Iterable[AnyArrival], since_ns: int, rate: float, before: float) -> Iterable[AnyArrival]:
+    """What comes from then on at another `trace.rate`."""
+    from traces.transforms import RateFrom
+
+    if not rate > 0:
+        raise ValueError(f"trace.rate is {rate}: allowed is a factor above 0 (1 keeps the trace's own rate)")
+    return RateFrom(arrivals, since_ns, rate / before)
+
+
 def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
     if cfg.job_executors < 1:
         raise ValueError(f"job_executors is {cfg.job_executors}: at least one must take requests")
@@ -242,10 +270,10 @@ def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
 
 
 class GroupEntry(NamedTuple):
-    """What an entry of `fleet.groups` says of one TE group."""
+    """What an entry of `fleet.groups` says of one TE group. `shape`: for workers it means nothing."""
 
     plan: GroupPlan
-    model: DictConfig
+    shape: ModelShape
     profile: str
     slots: int
 
@@ -265,12 +293,21 @@ def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
         npus = _npus(group, where)
         if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
             raise ValueError(f"{where} has zero executors and scaling never adds one: set executors to 1 or more")
+        shape = shape_of(cfg, model)
+        if group.role not in WORKERS:
+            shape = group.spread(shape)
+            if cfg.backend.name == "sim":
+                shape.check_split(npus)
+            elif shape.pipeline_stages > 1 or shape.groups(npus) > 1:
+                raise ValueError(
+                    f"{where}: real engines have neither pipeline stages nor attention groups; leave them out"
+                )
         for name in called or [str(group.role)]:
             spec = ExecutorSpec(name, group.role, npus, group.hardware)
             if spec in entries:
                 raise ValueError(f"{where} is another group of {group.role} executors of {name}: make them one")
             plan = GroupPlan(spec, group.executors, group.minimum, group.maximum)
-            entries[spec] = GroupEntry(plan, model, group.profile, group.slots)
+            entries[spec] = GroupEntry(plan, shape, group.profile, group.slots)
             if group.role not in WORKERS:
                 roles.setdefault(name, set()).add(group.role)
     if entries and not roles:
@@ -295,7 +332,7 @@ def _npus(group: GroupConfig, where: str) -> int:
         raise ValueError(f"{where}.slots is {group.slots}: allowed are 1 and more for role cpu, and 1 for others")
     if group.copies < 0:
         raise ValueError(f"{where}.copies is {group.copies}: allowed are 0 (the model itself) and more")
-    for name in ("model", "copies", "profile"):
+    for name in ("model", "copies", "profile", "pipeline_stages", "attention_groups"):
         if group.role in WORKERS and getattr(group, name):
             raise ValueError(f"{where}.{name} is {getattr(group, name)}: workers belong to no model, leave it out")
     return npus
@@ -312,28 +349,34 @@ def runs_work(cfg: DictConfig) -> bool:
     return bool(worker_roles(cfg) or cfg.jobs.sources)
 
 
+def dispatch_policy(cfg: DictConfig, job_executor: str) -> DispatchPolicy:
+    """That of one job executor."""
+    policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {job_executor}"))
+    if not isinstance(policy, DispatchPolicy):
+        raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
+    return policy
+
+
+def scaling_policy(cfg: DictConfig) -> ScalingPolicy:
+    policy = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
+    if not isinstance(policy, ScalingPolicy):
+        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
+    return policy
+
+
 def control_plane(cfg: DictConfig, arrivals: Iterable[AnyArrival], recorder: Recorder) -> ControlPlane[Client]:
     """Client, job executors (each with a policy object of its own) and cluster manager."""
     names = job_executor_names(cfg)
-    job_executors = []
-    for number, name in enumerate(names):
-        policy = build(cfg.dispatch, "dispatch", rng=stream(cfg.seed, f"dispatch {name}"))
-        if not isinstance(policy, DispatchPolicy):
-            raise ValueError(f"dispatch: {cfg.dispatch['_target_']} is not a cluster.policy.DispatchPolicy")
-        job_executors.append(JobExecutor(name, number, policy, cfg.max_attempts, cfg.max_parked))
-    scaling = build(cfg.scaling, "scaling", rng=stream(cfg.seed, "scaling"))
-    if not isinstance(scaling, ScalingPolicy):
-        raise ValueError(f"scaling: {cfg.scaling['_target_']} is not a cluster.policy.ScalingPolicy")
-    client = Client(
-        arrivals,
-        names,
-        stream(cfg.seed, "client"),
-        cfg.trace.closed_loop or bool(cfg.jobs.sources),
-        cfg.start_when_ready,
-        runs_work(cfg),
-    )
+    job_executors = [
+        JobExecutor(name, number, dispatch_policy(cfg, name), cfg.max_attempts, cfg.max_parked)
+        for number, name in enumerate(names)
+    ]
+    scaling = scaling_policy(cfg)
     work = WorkJobExecutor(names, worker_roles(cfg), cfg.max_attempts) if runs_work(cfg) else None
-    manager = ClusterManager(groups(cfg), scaling, names, npus=cfg.fleet.get("npus"))
+    closed_loop, rng = cfg.trace.closed_loop or bool(cfg.jobs.sources), stream(cfg.seed, "client")
+    client = Client(arrivals, names, rng, closed_loop, cfg.start_when_ready, work is not None)
+    limit: int | None = typed(cfg.fleet.get("npus"), int | None, "fleet.npus")  # type: ignore[arg-type]
+    manager = ClusterManager(groups(cfg), scaling, names, npus=limit)
     return ControlPlane(client, job_executors, manager, recorder, work)
 
 
@@ -403,7 +446,6 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     profiled(cfg, entries)
     made: dict[tuple[Any, ...], Node] = {}
     workers: dict[ExecutorSpec, WorkNode] = {}
-    shapes: dict[str, ModelShape] = {}
 
     def node_for(spec: ExecutorSpec) -> Node | WorkNode:
         entry = entries[spec]
@@ -411,7 +453,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
             if spec not in workers:
                 workers[spec] = WorkNode(entry.slots, work_times(cfg, spec), worker_stages(cfg, spec))
             return workers[spec]
-        shape = shapes.get(spec.model) or shapes.setdefault(spec.model, shape_of(cfg, entry.model))
+        shape = entry.shape
         kind = (shape, spec.npus, spec.hardware, entry.profile)  # copies of a model are alike
         if kind not in made:
             hardware = hardware_of(cfg, spec)
@@ -445,14 +487,14 @@ def work_times(cfg: DictConfig, spec: ExecutorSpec) -> OperationTime:
     """How long tasks other than tools take on a worker. Jobs train models that the fleet serves."""
     from sim.training import WorkTimes
 
-    found = served(cfg)
+    shapes = {spec.model: entry.shape for spec, entry in group_entries(cfg).items() if spec.role not in WORKERS}
 
     def shape_named(name: str) -> ModelShape:
-        if name not in found:
+        if name not in shapes:
             raise ValueError(
-                f"a job trains {name!r}: allowed are the models that fleet.groups serves, as {next(iter(found))}"
+                f"a job trains {name!r}: allowed are the models that fleet.groups serves, as {next(iter(shapes))}"
             )
-        return shape_of(cfg, found[name])
+        return shapes[name]
 
     return WorkTimes(hardware_of(cfg, spec), shape_named)
 
@@ -471,7 +513,7 @@ def profiled(cfg: DictConfig, entries: Mapping[ExecutorSpec, GroupEntry]) -> Non
     if "path" not in cfg.latency:
         return
     kinds = {
-        (shape_of(cfg, entry.model).name, spec.npus, spec.hardware)
+        (entry.shape.name, spec.npus, spec.hardware)
         for spec, entry in entries.items()
         if not entry.profile and spec.role not in WORKERS
     }

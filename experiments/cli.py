@@ -21,6 +21,7 @@ COMMANDS = {
     "run": Command("experiments.commands.run", "one experiment: trace + policies + backend=sim|real"),
     "sweep": Command("experiments.commands.sweep", "many runs (Hydra multirun) and one comparison report"),
     "replay": Command("experiments.commands.replay", "feed a run's events back, check the actions"),
+    "inspect": Command("experiments.commands.inspect", "step through a simulated run; any executor's queue and cache"),
     "validate": Command("experiments.commands.validate", "the same trace on both backends; error table per metric"),
     "profile": Command("experiments.commands.profile", "measure the engine here and write a latency profile"),
     "bench": Command("experiments.commands.bench", "benchmarks of engine, scheduling and devices; one by name, or all"),

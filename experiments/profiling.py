@@ -79,11 +79,14 @@ def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
     )
 
 
-def from_logs(paths: list[Path]) -> profiles.Profile:
-    """Fit a latency model to the steps that logs tell of, one engine's in each (see `experiments.step_logs`)."""
+def from_logs(cfg: DictConfig, paths: list[Path]) -> profiles.Profile:
+    """Fit a latency model to the steps that logs tell of, one engine's in each (see `experiments.step_logs`), which ran
+    the configured model.
+    """
     from experiments.step_logs import read_steps
 
-    steps = [step for path in paths for step in read_steps(path)]
+    shape = build.model_shape(cfg)
+    steps = [step for path in paths for step in read_steps(path, shape.layers, shape.head_dim)]
     model = profiles.fit(steps)
     return profiles.Profile(
         schema=profiles.SCHEMA,

@@ -1,4 +1,6 @@
-"""Steps that engines logged, as (shape, ns): our own records, tables of other engines, and vLLM's own log lines."""
+"""Steps that engines logged, as (shape, ns): our own records, tables of other engines, vLLM's own log lines, and what
+Ascend's profilers export.
+"""
 
 import csv
 import json
@@ -9,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.latency import StepShape
+from experiments import msprof
 from experiments.profiling import measured_steps
 from flowserve.core.record import read_turns
 
@@ -32,12 +35,16 @@ VLLM_LINE = re.compile(
 """vLLM with --enable-logging-iteration-details."""
 
 
-def read_steps(path: Path) -> list[Step]:
-    """The steps of one engine, in order. ValueError, with file and line: what cannot be read as such."""
+def read_steps(path: Path, layers: int = 1, head_dim: int = 0) -> list[Step]:
+    """The steps of one engine, in order. `layers`, `head_dim`: of its model, for exports of kernels. ValueError, with
+    file and line: what cannot be read as such.
+    """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name a log of engine steps (deepflow profile --help tells which)")
     if path.name.endswith(".turns.jsonl"):
         steps = _turns(path)
+    elif msprof.is_export(path):
+        steps = msprof.read_export(path, layers, head_dim)
     elif path.suffix in (".csv", ".jsonl"):
         steps = [_step(row, where) for where, row in (_csv(path) if path.suffix == ".csv" else _json_lines(path))]
     elif path.suffix in (".log", ".txt"):
@@ -81,16 +88,23 @@ def _step(row: Mapping[str, object], where: str) -> Step:
     if unit is None:
         raise ValueError(f"{where}: there is no duration: one of {', '.join(DURATIONS_NS)} is needed")
     took = _number(row[unit], unit, where) * DURATIONS_NS[unit]
+    if took <= 0:
+        raise ValueError(f"{where}: {unit} is {row[unit]}: a step takes time and computes something")
+    return shape_of(row, where), round(took)
+
+
+def shape_of(row: Mapping[str, object], where: str) -> StepShape:
+    """What a step computed, by the columns of a table."""
     values = {name: _number(row.get(name, default), name, where) for name, default in COUNTS.items()}
     tokens, sequences = values["prefill_tokens"], values["decode_sequences"]
-    if took <= 0 or tokens + sequences <= 0:
+    if tokens + sequences <= 0:
         raise ValueError(
-            f"{where}: {unit} {row[unit]}, prefill_tokens {tokens:g}, decode_sequences {sequences:g}: a step takes "
-            "time and computes something"
+            f"{where}: prefill_tokens {tokens:g}, decode_sequences {sequences:g}: a step takes time and computes "
+            "something"
         )
     chunks = max(values["prefill_chunks"], 1.0) if tokens else 0.0
     keys = (values["prefill_context"] + (tokens + chunks) / 2) / chunks if tokens else 0.0
-    shape = StepShape(
+    return StepShape(
         round(tokens),
         round(tokens * keys),
         round(chunks),
@@ -98,7 +112,6 @@ def _step(row: Mapping[str, object], where: str) -> Step:
         round(values["decode_context"]),
         round(values["draft_tokens"]),
     )
-    return shape, round(took)
 
 
 def _number(value: object, name: str, where: str) -> float:

@@ -13,6 +13,7 @@ from cluster.acceptance import Acceptance
 from cluster.actions import (
     AbortTask,
     Action,
+    CancelRequest,
     DispatchTask,
     DispatchWork,
     DrainExecutor,
@@ -60,6 +61,7 @@ from flowserve.core.worker import Worker
 from sim.alarm import NORMAL, Alarm
 from sim.executor import SimExecutor
 from sim.link import Link, TierLinks
+from sim.tokenizers import Tokenizers
 from sim.worker import SimWorker
 
 NEVER = float("inf")
@@ -68,14 +70,22 @@ MOST_TRANSFERS = 50_000
 
 
 class Delays(msgspec.Struct, frozen=True):
-    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor."""
+    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor.
+
+    `token_s`: what a tokenizer takes per token of a prompt, before a job executor hears of the request; `tokenizers`:
+    how many work side by side, the other prompts wait.
+    """
 
     dispatch_s: float = 0.0
     event_s: float = 0.0
     decision_s: float = 0.0
     peer_s: float = 0.0
+    token_s: float = 0.0
+    tokenizers: int = 1
 
     def __post_init__(self) -> None:
+        if self.tokenizers < 1:
+            raise ValueError(f"delays.tokenizers is {self.tokenizers}: allowed are 1 and more")
         for field in self.__struct_fields__:
             if getattr(self, field) < 0:
                 raise ValueError(f"delays.{field} is {getattr(self, field)}: allowed are seconds from 0 up")
@@ -162,6 +172,8 @@ class SimCluster(Cluster):
         delays = delays or Delays()
         self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
         self._decision_ns, self._peer_ns = to_ns(delays.decision_s), to_ns(delays.peer_s)
+        self._tokenizers = Tokenizers(delays.tokenizers, delays.token_s) if delays.token_s else None
+        self._encoded: dict[int, int] = {}  # when the prompts of open requests are
         self._coalesce = coalesce
         self._answers: dict[int, Answer] = {}
         self._secrets = Secrets()
@@ -213,6 +225,10 @@ class SimCluster(Cluster):
         """ns since the start of the run."""
         return int(self.env.now)
 
+    def pause_at(self, time: int) -> None:
+        """Have `next_event` return a timer of nobody's at this time, or now where that is past, for whoever watches."""
+        self._set_timer(SetTimer(actor="", name="pause", at_ns=time))
+
     # -- actions --------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
@@ -226,7 +242,7 @@ class SimCluster(Cluster):
 
     def _start(self, action: LaunchExecutor) -> None:
         self._launching.add(action.executor)
-        self.env.process(self._launch(action))
+        self._after(0, partial(self._launch, action, self._node_for(action.spec), 0))
 
     def _drain(self, action: DrainExecutor) -> None:
         self._send(action.executor, Drain(), self._dispatch_ns)
@@ -255,7 +271,21 @@ class SimCluster(Cluster):
             del self._answers[action.request_id]
         event = relayed(action, self.now())
         assert event is not None
-        self._emit(event)
+        self._emit(event, 0 if self._tokenizers is None else self._encoding(self._tokenizers, action))
+
+    def _encoding(self, tokenizers: Tokenizers, action: Action) -> int:
+        """How long, in ns, the frontend holds back what is said of a prompt that is not yet encoded."""
+        now = self.now()
+        match action:
+            case SubmitRequest() | SubmitCall():
+                done = tokenizers.encode(now, action.request.prompt_tokens)
+                self._encoded[action.request.request_id] = done
+                return done - now
+            case CancelRequest():
+                return max(0, self._encoded.get(action.request_id, now) - now)  # work has no prompt
+            case EndRequest() | EndCall():
+                del self._encoded[action.request_id]
+        return 0
 
     def _dispatch(self, action: DispatchTask) -> None:
         task = action.task
@@ -269,18 +299,23 @@ class SimCluster(Cluster):
         now = self.now()
         self._emit(ev.TimerFired(to=action.actor, time=now, occurred=min(now, max(action.at_ns, 0)), name=action.name))
 
-    def _launch(self, action: LaunchExecutor) -> Any:
-        node = self._node_for(action.spec)
-        assert isinstance(node, WorkNode) == (action.spec.role in WORKERS)
-        for stage, took in node.stages:
-            yield self.env.timeout(took)
-            if action.executor not in self._launching:
-                return
-            now = self.now()
+    def _launch(self, action: LaunchExecutor, node: Node | WorkNode, done: int, _: simpy.Event) -> None:
+        """So many stages of a start are done: on to the next, or ready."""
+        if action.executor not in self._launching:
+            return
+        if done:
+            now, (stage, took) = self.now(), node.stages[done - 1]
             self._emit(
                 ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
             )
+        if done < len(node.stages):
+            self._after(node.stages[done][1], partial(self._launch, action, node, done + 1))
+        else:
+            self._ready(action, node)
+
+    def _ready(self, action: LaunchExecutor, node: Node | WorkNode) -> None:
         self._launching.discard(action.executor)
+        assert isinstance(node, WorkNode) == (action.spec.role in WORKERS)
         if isinstance(node, WorkNode):
             self._employ(action, node)
             return

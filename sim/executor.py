@@ -19,7 +19,7 @@ from flowserve.core.messages import Dispatch, Message
 from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import NONE
-from flowserve.core.sequence import Sequence, Status
+from flowserve.core.sequence import DECODE, ENDED, LAST, Sequence
 from flowserve.core.task_executor import TaskExecutor
 from sim.alarm import Alarm
 
@@ -98,11 +98,17 @@ class SimExecutor:
 
     def kill(self) -> None:
         """Stop in the middle of whatever it does. What finished by now stays readable in the shell."""
-        self._settle()
+        self.settle()
         self.dead = True
         self._timer = None
 
-    def _settle(self) -> None:
+    @property
+    def step_ends(self) -> int | None:
+        """When the step in progress ends; None where nothing is computed."""
+        ended = bisect_right(self._ends, self._env.now)
+        return self._ends[ended] if ended < len(self._ends) and self._core.in_flight else None
+
+    def settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
         ended = bisect_right(self._ends, self._env.now)
         if ended and ended < len(self._ends):
@@ -152,7 +158,8 @@ class SimExecutor:
             took = self._latency.step_ns(plan.shape)
             if self._slowdown is not None:
                 took = round(took * self._slowdown())
-            end = now + (max(took, self._host) if ahead else took + self._host)
+            took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
+            end = now + took
             self._ends = [end]
             if steps:
                 self._extend(plan, steps, end, ahead)
@@ -171,19 +178,22 @@ class SimExecutor:
 
     def _extend(self, plan: Plan, steps: int, end: int, ahead: bool) -> None:
         """Let the segment, which ends at `end` by now, go on for so many steps, or until a load report is due."""
-        due, ends, host = self.shell.next_report, self._ends, self._host
+        due, ends, host, latency = self.shell.next_report, self._ends, self._host, self._latency
         _, _, _, batch, context, _ = plan.shape
         while steps > 0 and (end < due or not ends):
             count = min(steps, STEPS_AT_A_TIME)
             done = len(ends)
             if plan.chunks:
-                took = [self._latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
+                took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
             else:
-                took = self._latency.decode_ns(batch, context + batch * done, count)
-            if host:
+                took = latency.decode_ns(batch, context + batch * done, count)
+            if host or latency.stages > 1:
                 hidden = len(self._core.in_flight) > 1
-                first = max(took[0], host) if (hidden if done else ahead) else took[0] + host
-                took = [first, *(max(each, host) if hidden else each + host for each in took[1:])]
+                for place, each in enumerate(took):
+                    if hidden if done + place else ahead:
+                        took[place] = max(each, host)
+                    else:
+                        took[place] = each + host + latency.fill_ns(plan.shape_after(done + place))
             for each in took:
                 end += each
                 ends.append(end)
@@ -238,7 +248,7 @@ class SimExecutor:
         for sequence in reversed(plan.decodes):
             if sequence.joined < self._launched_clock:
                 break
-            if sequence.status is Status.DECODE or sequence.status is Status.LAST:
+            if sequence.status is DECODE or sequence.status is LAST:
                 task = sequence.task
                 left = self._answers[task.request.request_id].output_tokens - sequence.sampled
                 heapq.heappush(self._stops, (sequence.joined + left, task.task_id, sequence.joined, sequence))
@@ -249,7 +259,7 @@ class SimExecutor:
         stops = self._stops
         while stops:
             clock, _, joined, sequence = stops[0]
-            if sequence.joined == joined and (sequence.status is Status.DECODE or sequence.status is Status.LAST):
+            if sequence.joined == joined and (sequence.status is DECODE or sequence.status is LAST):
                 return clock
             heapq.heappop(stops)
         return None
@@ -259,7 +269,7 @@ class SimExecutor:
         accepted = {}
         for verify in plan.verifies:
             sequence = verify.sequence
-            if sequence.status is not Status.ENDED:  # of an aborted request the answer may be gone
+            if sequence.status is not ENDED:  # of an aborted request the answer may be gone
                 left = self._answers[sequence.task.request.request_id].output_tokens - sequence.sampled
                 accepted[sequence.task_id] = max(1, min(self._accept(verify), left))
         return accepted
@@ -271,7 +281,7 @@ class SimExecutor:
                 stopped.append(heapq.heappop(self._stops)[1])
         answers = self._answers
         for sequence, _, _, samples in plan.chunks:
-            if not samples or sequence.status is Status.ENDED:  # of an aborted request the answer may be gone
+            if not samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
                 continue
             if sequence.sampled + 1 >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)

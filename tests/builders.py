@@ -39,10 +39,34 @@ from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.cluster import Delays, Failure, Node, SimCluster, WorkNode
 from sim.executor import SimExecutor
+from sim.hardware import Hardware
 from sim.latency import Constant
 from sim.link import Link, TierLinks
 
 MODEL = "m"
+NPU = Hardware(
+    name="npu",
+    flops=1e14,
+    hbm_bytes=64e9,
+    hbm_bytes_per_s=1e12,
+    efficiency_gemm=0.5,
+    efficiency_attention=0.25,
+    efficiency_bandwidth=0.8,
+    step_overhead_s=0.001,
+    kv_link_bytes_per_s=1e10,
+    kv_link_latency_s=5e-5,
+    kv_call_overhead_s=1e-5,
+    pcie_bytes_per_s=2e10,
+    pcie_latency_s=1e-5,
+    ssd_bytes_per_s=5e9,
+    ssd_latency_s=1e-4,
+    node_npus=8,
+    topology="mesh",
+    peer_bytes_per_s=140e9,
+    peer_latency_s=1e-5,
+    efficiency_link=0.5,
+)
+"""Round figures, with which times can be computed by hand."""
 
 
 # -- plain data ---------------------------------------------------------------------------------------------------
@@ -284,8 +308,9 @@ def run_sim(
     slots: int = 1,
     work_time: OperationTime = simple_times,
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
+    between: Callable[[ControlPlane, SimCluster], None] | None = None,
 ) -> Run:
-    """One run to its end: the real control plane on the simulated cluster."""
+    """One run to its end: the real control plane on the simulated cluster. `between`: called after each event."""
     groups = groups or [GroupPlan(make_spec(), executors, executors, executors)]
     engine = engine or EngineConfig(kv_blocks=1000)
     names = tuple(f"je-{number}" for number in range(num_job_executors))
@@ -327,6 +352,8 @@ def run_sim(
                 watch(event, actions, cluster)
             for action in actions:
                 cluster.submit(action)
+            if between is not None:
+                between(control, cluster)
         left = dict(cluster.executors)
     control.recorder.censor()
     return Run(control.recorder, cluster, control, events, log.getvalue(), left)

@@ -75,6 +75,25 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
+class RateFrom:
+    """The same arrivals, those after `since_ns` closer together or farther apart: `factor` times the rate."""
+
+    arrivals: Iterable[AnyArrival]
+    since_ns: int
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.factor < math.inf, "factor", self.factor, "more than 0", "give 1 to keep the rate")
+
+    def __iter__(self) -> Iterator[AnyArrival]:
+        since = self.since_ns
+        for arrival in self.arrivals:
+            later = arrival.at_ns - since
+            at = arrival.at_ns if later <= 0 else since + round(later / self.factor)
+            yield arrival if arrival.after is not None else msgspec.structs.replace(arrival, at_ns=at)
+
+
+@dataclass(frozen=True, slots=True)
 class RateScale:
     """The same arrivals, closer together or farther apart: `factor` times the rate, or `target_rate` requests/s.
 

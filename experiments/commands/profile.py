@@ -17,6 +17,9 @@ With --from nothing is run: the steps come from logs, of one engine each.
                   prefill_context (tokens cached before the chunks, summed; default 0), decode_sequences,
                   decode_context (summed over sequences; default 0), draft_tokens (default 0)
   *.log, *.txt    vLLM's with --enable-logging-iteration-details, which does not tell contexts
+  op_summary*.csv, kernel_details*.csv
+                  kernels as msprof and torch_npu.profiler export them, with shapes; say model=OPTION as well
+  step_trace*.csv their times of steps; what the steps computed in step_trace….contents.csv: step and the columns above
 """
 
 BASE = ["backend=real", "model=tiny_llama", "engine=small", "hardware=cpu", "fleet=colocated2", "trace=synthetic"]
@@ -35,7 +38,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("name the logs to read: deepflow profile --from LOG [LOG ...] [out=FOLDER]")
     cfg = compose_from([each for each in arguments[1:] if "=" in each] if from_log else arguments, BASE)
     folder = Path(cfg.out) if cfg.out else Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_profile"
-    profile = from_logs(files) if files else measure(cfg, folder)
+    profile = from_logs(cfg, files) if files else measure(cfg, folder)
     print(describe(profile))
     print(save_profile(profile, folder))
     return 0

@@ -42,6 +42,12 @@ def replay(folder: Path) -> tuple[int, str | None]:
         raise ValueError(f"{folder} holds no config.yaml: give the folder of a finished run")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
+    resumed = cfg.get("resumed")
+    if resumed and resumed.changed:
+        raise ValueError(
+            f"{folder} was resumed at {resumed.at_s:g} s with other {' and '.join(resumed.changed)}: its decisions are "
+            "of two configurations, and cannot be replayed by one"
+        )
     workload, recorded = build.workload(cfg), read_summary(folder).provenance["trace"]
     if workload.source != recorded:
         raise ValueError(

@@ -1,10 +1,13 @@
 """`deepflow run`: one experiment."""
 
 from collections import Counter
+from pathlib import Path
 
-from experiments.commands.usage import compose_from, wants_help
+from cluster.vocabulary import Outcome
+from experiments.commands.usage import split, wants_help
+from experiments.config import compose
 from experiments.process import age_s
-from experiments.run import RunResult, run
+from experiments.run import RunResult, resume, run
 from experiments.tables import Row, job_lines, print_table
 
 USAGE = """usage: deepflow run [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
@@ -18,6 +21,10 @@ Exit code 0; 1 if no request finished, 2 for an error in the arguments, 130 afte
   deepflow run backend=real model=tiny_llama engine=small hardware=cpu trace.duration_s=10 trace.prompt_scale=0.05
   deepflow run experiment=three_models                     a whole setting by name, of conf/experiment
   deepflow run dispatch._target_=my_module.MyPolicy        a policy of your own, by its import path
+  deepflow run snapshot_at=300                             writes snapshot.bin in the middle of a simulated run, and
+  deepflow run resume=DIR/snapshot.bin dispatch=deepflow   goes on from it: as it was, or with another dispatch,
+                                                           scaling, slo or trace.rate. Resume only files that you
+                                                           trust: reading one can run any code.
 """
 
 MODELS_SHOWN = 10
@@ -26,11 +33,15 @@ MODELS_SHOWN = 10
 def main(arguments: list[str]) -> int:
     if wants_help(arguments, USAGE):
         return 0
-    cfg = compose_from(arguments)
-    result = run(cfg, spent_s=age_s())
+    config_dirs, overrides = split(arguments)
+    snapshot = [each.removeprefix("resume=") for each in overrides if each.startswith("resume=")]
+    if snapshot:
+        others = [each for each in overrides if not each.startswith("resume=")]
+        result = resume(Path(snapshot[-1]), others, config_dirs, spent_s=age_s())
+    else:
+        result = run(compose(overrides, config_dirs), spent_s=age_s())
     models = list(result.models.items())[:MODELS_SHOWN]
-    policy = str(cfg.dispatch["_target_"]).rsplit(".", 1)[-1]
-    print_table([Row(policy, result.summary), *(Row(f"  {name}", metrics) for name, metrics in models)])
+    print_table([Row(result.label, result.summary), *(Row(f"  {name}", metrics) for name, metrics in models)])
     if len(result.models) > len(models):
         print(f"and {len(result.models) - len(models)} models asked for less, see report.html")
     print(f"trace: {result.source}")
@@ -39,7 +50,7 @@ def main(arguments: list[str]) -> int:
     for line in job_lines(result.summary):
         print(line)
     for outcome, reason, number in _not_finished(result):
-        print(f"{number} of {len(result.recorder.outcomes)} requests {outcome}{reason and ': ' + reason}")
+        print(f"{number} of {result.recorder.ended} requests {outcome}{reason and ': ' + reason}")
     for (kind, outcome, reason), number in _jobs_not_finished(result):
         print(f"{number} {kind} job{'s' * (number > 1)} {outcome}{reason and ': ' + reason}")
     if result.interrupted:
@@ -47,7 +58,7 @@ def main(arguments: list[str]) -> int:
     print(result.folder)
     if result.interrupted:
         return 130
-    return 0 if "finished" in {*result.recorder.outcomes, *(row.outcome for row in result.jobs.rows)} else 1
+    return 0 if result.recorder.finished or any(row.outcome == Outcome.FINISHED for row in result.jobs.rows) else 1
 
 
 def _not_finished(result: RunResult) -> list[tuple[str, str, int]]:

@@ -1,10 +1,11 @@
-"""`deepflow sweep`: a Hydra multirun over any keys, runs in parallel by joblib, and one comparison of all."""
+"""`deepflow sweep`: a Hydra multirun over any keys, runs in parallel by joblib, Slurm or Ray, and one comparison."""
 
 import contextlib
 import io
 import os
 import sys
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -13,21 +14,38 @@ from omegaconf import DictConfig
 
 from experiments.commands.usage import split, wants_help
 from experiments.config import CONF
+from experiments.sweep_progress import SweepProgress, runs_of
 
 USAGE = """usage: deepflow sweep [--config-dir DIR] KEY=VALUE,VALUE,... [KEY=VALUE ...]
 
-Runs every combination (two at a time: hydra.launcher.n_jobs=N changes that) and compares them in one table and one
-report.html. The folder, whose path is the last line, holds one folder per run.
+Runs every combination, as many at a time as there are cores (hydra.launcher.n_jobs=N changes that), and compares them
+in one table and one report.html. The folder, whose path is the last line, holds one folder per run. On more machines,
+which share this folder, this program and its environment:
 
   deepflow sweep dispatch=round_robin,least_outstanding trace.rate=0.5,1,2
+  deepflow sweep hydra/launcher=submitit_slurm hydra.launcher.partition=NAME KEY=VALUE,...    pip install -e '.[slurm]'
+  deepflow sweep hydra/launcher=ray +hydra.launcher.ray.init.address=auto KEY=VALUE,...       pip install -e '.[ray]'
 """
+LAUNCHER = "hydra/launcher="
+EXTRAS = {
+    "submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "submitit_local": ("hydra_submitit_launcher", "slurm"),
+    "ray": ("hydra_ray_launcher", "ray"),
+}
+"""Launchers that come with an optional extra: their plugin, and the extra."""
 
 
 def main(arguments: list[str]) -> int:
     if wants_help(arguments, USAGE):
         return 0
     config_dirs, overrides = split(arguments)
-    if not any("," in override.partition("=")[2] for override in overrides):
+    launchers = [each.removeprefix(LAUNCHER) for each in overrides if each.startswith(LAUNCHER)]
+    for launcher in launchers:
+        plugin, extra = EXTRAS.get(launcher, ("", ""))
+        if plugin and find_spec(f"hydra_plugins.{plugin}") is None:
+            raise ValueError(f"{LAUNCHER}{launcher} is not installed here: pip install -e '.[{extra}]'")
+    swept = [each for each in overrides if not each.startswith("hydra")]
+    if not any("," in override.partition("=")[2] for override in swept):
         raise ValueError("nothing to sweep over: give a key several values, e.g. trace.rate=0.5,1,2")
     folder = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
     search = ",".join(f"file://{Path(path).resolve()}" for path in config_dirs)
@@ -36,8 +54,7 @@ def main(arguments: list[str]) -> int:
         "--multirun",
         f"hydra.sweep.dir={folder.resolve()}",
         "hydra.sweep.subdir=${hydra.job.num}",
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
+        *([] if launchers else [f"{LAUNCHER}joblib", "hydra.launcher.n_jobs=-1"]),
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
         *([f"hydra.searchpath=[{search}]"] if search else []),
@@ -46,7 +63,8 @@ def main(arguments: list[str]) -> int:
         "report=false",
         *overrides,
     ]
-    _run_all()
+    with SweepProgress(folder, *runs_of(swept)):
+        _run_all()
     _compare(folder)
     print(folder)
     return 0
@@ -72,8 +90,9 @@ def _multirun(cfg: DictConfig) -> None:
     from experiments.run import run
 
     hydra_config = HydraConfig.get()
-    run(cfg, Path(hydra_config.runtime.output_dir))
-    (Path(hydra_config.runtime.output_dir) / "overrides").write_text("\n".join(hydra_config.overrides.task))
+    folder = Path(hydra_config.runtime.output_dir)
+    (folder / "overrides").write_text("\n".join(hydra_config.overrides.task))
+    run(cfg, folder)
 
 
 def _compare(folder: Path) -> None:

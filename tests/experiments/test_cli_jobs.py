@@ -60,6 +60,26 @@ def test_the_mixed_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "all the same" in capsys.readouterr().out
 
 
+def test_a_look_into_a_run_with_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The live table has a line per group of workers; simulated again from a snapshot, it is the same run."""
+    folder = tmp_path / "run"
+    options = [*MIXED[:-1], "report=false", "snapshot_at=3", "watch=true", f"out={folder}"]
+    assert main(["run", *options]) == 0
+    shown = capsys.readouterr().err
+    assert "group cpu, ready 2, " in shown and "group training, ready 1, " in shown
+    assert main(["inspect", str(folder), "t=5", "step=3"]) == 0
+    said = capsys.readouterr().out
+    assert "the same run so far" in said and "from its snapshot at 3" in said
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("  te-")][:7].count("cpu") == 2
+    assert main(["inspect", str(folder), "t=300", f"request={read_jobs(folder).request_id[0]}"]) == 0
+    assert ": agent finished" in capsys.readouterr().out
+    resumed = tmp_path / "resumed"
+    assert main(["run", f"resume={folder / 'snapshot.bin'}", "progress=false", "watch=false", f"out={resumed}"]) == 0
+    assert (resumed / "decisions.jsonl").read_bytes() == (folder / "decisions.jsonl").read_bytes()
+    assert (resumed / "timeline.json").read_bytes() == (folder / "timeline.json").read_bytes()
+    assert read_jobs(resumed).equals(read_jobs(folder))
+
+
 def test_jobs_alone(tmp_path: Path) -> None:
     """Without a trace there are only the requests that jobs make."""
     folder = tmp_path / "run"

@@ -11,28 +11,33 @@ from tests.experiments.conftest import Command
 
 
 def test_published_figures_of_ascend() -> None:
-    """Without any fit to them, rooflines come within 30 % of published throughput and load times within 20 %."""
+    """Without any fit to them, rooflines come within 5 % of a super-pod's throughput and 20 % of load times; engines of
+    2025 on one NPU are slower than a roofline, which knows nothing of their hosts.
+    """
     figures = list(fidelity.published())
-    assert len([figure for figure in figures if not figure.basis]) == 9
+    assert len([figure for figure in figures if not figure.basis]) == 15
     for figure in figures:
-        assert abs(figure.simulated / figure.published - 1) < (0.2 if figure.what.startswith("weights") else 0.3), (
-            figure
-        )
+        error = figure.simulated / figure.published - 1
+        if figure.source.startswith("gpustack"):
+            assert error > 0, figure
+        elif figure.basis:
+            assert 0 < error < 0.4, figure
+        else:
+            assert abs(error) < (0.2 if figure.what.startswith("weights") else 0.05), figure
 
 
-@pytest.fixture
-def machine() -> fidelity.Machine:
-    folder = os.environ.get("DEEPFLOW_GROUNDTRUTH", "/nowhere")
-    path = Path(folder) / "vllm-rtx4090-llama-3.1-8b"
+@pytest.mark.parametrize("name", fidelity.MACHINES)
+def test_real_engines_from_their_data_sheets(name: str) -> None:
+    """vLLM on two cards, hardware as configured: one is forecast too slow, one too fast; means and medians of TPOT are
+    within 8 %, of E2E within 13 % and of TTFT, which queueing makes worse, within 21 %.
+    """
+    path = Path(os.environ.get("DEEPFLOW_GROUNDTRUTH", "/nowhere")) / name
     if not path.is_dir():
         pytest.skip(f"no recorded engine in {path}: set DEEPFLOW_GROUNDTRUTH")
-    return fidelity.read_machine(path, "rtx4090")
-
-
-def test_a_real_engine_from_its_data_sheet(machine: fidelity.Machine) -> None:
-    """vLLM on an RTX 4090, hardware as configured: means and medians of TTFT, TPOT and E2E within 10 %."""
-    found = fidelity.errors(machine, fidelity.simulate(machine, {}), slice(150, None))
-    assert max(abs(error) for (_, statistic), error in found.items() if statistic != "p99") < 0.1
+    machine = fidelity.read_machine(path, fidelity.MACHINES[name])
+    found = fidelity.errors(machine, fidelity.simulate(machine, {}), slice(None))
+    for metric, bound in (("tpot", 0.08), ("e2e", 0.13), ("ttft", 0.21)):
+        assert max(abs(found[metric, statistic]) for statistic in ("mean", "p50")) < bound
 
 
 @pytest.mark.slow
@@ -63,5 +68,5 @@ def test_the_table_of_published_figures(deepflow: Command, monkeypatch: pytest.M
     monkeypatch.delenv("DEEPFLOW_GROUNDTRUTH", raising=False)
     said = deepflow("validate", "--published")
     assert said.code == 0, said
-    assert len([line for line in said.out.splitlines() if "%" in line]) == 10
+    assert len([line for line in said.out.splitlines() if "%" in line]) == 16
     assert "DEEPFLOW_GROUNDTRUTH" in said.out

@@ -24,8 +24,11 @@ from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import Delays, Failure, SimCluster
 from sim.latency import Constant, Fitted
 from sim.link import Link
+from sim.model_shape import ModelShape
+from sim.roofline import Roofline
 from tests.builders import (
     MODEL,
+    NPU,
     Run,
     chain,
     disaggregated,
@@ -69,7 +72,9 @@ ORDERS = (
     PolicySpec("policies.engine.order.shortest_prompt.ShortestPrompt"),
 )
 CHUNKINGS = (None, None, PolicySpec("policies.engine.chunking.fixed.Fixed", {"tokens": 7}))
+PIPELINE = ModelShape("toy", 4, 1024, 8, 2, 128, 4096, 1000, pipeline_stages=2)
 LATENCIES = (
+    lambda: Roofline(NPU, PIPELINE, 2),
     lambda: Constant(0.01),
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
@@ -136,11 +141,12 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         GroupPlan(group.spec, group.initial, 1, group.maximum + spare)
         for group in disaggregated(prefill, decode, colocated)
     ]
+    scales = draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed
     if draw(st.booleans()):  # else nobody serves the other model
-        groups.append(GroupPlan(make_spec(model="n"), 1 - bool(spare), 0, 2))
+        groups.append(GroupPlan(make_spec(model="n"), 0 if scales is scaling else 1, 0, 2))
     return {
         "groups": groups,
-        "scaling": draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed,
+        "scaling": scales,
         "stages": [(Stage.TE_LOAD, draw(st.sampled_from([0, 10_000_000, 123_456_789])))],
         "engine": EngineConfig(
             kv_blocks=draw(st.integers(5, 16)),

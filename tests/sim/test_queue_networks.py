@@ -95,8 +95,8 @@ def simulate(workload: Sequence[AnyArrival], station: Station) -> tuple[Recorder
 
 def in_order(recorder: Recorder, name: str) -> npt.NDArray[np.int64]:
     """A column of the records, in order of request id."""
-    order = np.argsort(np.frombuffer(recorder.requests["request_id"], np.int64))
-    return np.frombuffer(recorder.requests[name], np.int64)[order]
+    order = np.argsort(recorder.requests["request_id"])
+    return recorder.requests[name][order]
 
 
 def open_loop(rng: np.random.Generator, rate: float, tokens: npt.NDArray[np.int64]) -> list[Arrival]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import events as ev
+from cluster.cost import Rates, costs
 from cluster.decision_log import Decision
 from cluster.manager import GroupPlan
 from cluster.request import Trigger
@@ -113,6 +114,31 @@ def test_training_takes_npus_only_while_it_lasts() -> None:
     assert run.recorder.npu_seconds() == pytest.approx(
         run.recorder.npu_seconds(role=Role.TRAINING) + run.recorder.npu_seconds(role=Role.COLOCATED)
     )
+
+
+def test_training_npus_are_busy_while_they_train() -> None:
+    """Costs know what of a training executor's time was used; workers on CPUs cost nothing, whatever their rates."""
+    run = run_work([make_tuning(0, steps=10, checkpoint_steps=5), make_arrival(1, 20.0)], training=1)
+    (train,) = (row for row in rows(run) if row.kind == "train")
+    held = {each.spec.role: each for each in run.recorder.held()}
+    assert train.ran_ns == held[Role.TRAINING].busy_ns < held[Role.TRAINING].held_ns
+    assert held[Role.CPU].busy_ns > 0
+    rates = {Role.COLOCATED: Rates(0.0, 0.0, 0.0), Role.TRAINING: Rates(1.0, 1000.0, 0.0), Role.CPU: Rates()}
+    found = costs(run.recorder, lambda spec: rates[spec.role])
+    assert found["energy_kwh"] == pytest.approx(8 * train.ran_ns / NS_PER_S / 3600)
+    assert found["cost_usd"] == pytest.approx(run.recorder.npu_seconds(role=Role.TRAINING) / 3600)
+    assert run.recorder.npu_seconds(MODEL) == run.recorder.npu_seconds(role=Role.COLOCATED)
+
+
+def test_a_call_is_a_request_that_is_never_late() -> None:
+    """Calls are recorded like what users ask for, with a lag of 0; they wait for a tokenizer, and may be cancelled."""
+    delays = Delays(tokenizers=1, token_s=0.001)
+    agents = [make_agent(number, [(100, 4)], cancel_after_s=0.15 if number == 2 else None) for number in range(3)]
+    run = run_work([*agents, make_arrival(3, 1.0)], delays=delays)
+    calls = [row for number, row in run.rows.items() if number >= FIRST_CALL]
+    assert [row["lag_ns"] for row in calls] == [0] * 3
+    assert sorted(jct_s(run)[:2]) == [pytest.approx(0.1 + 0.04), pytest.approx(0.2 + 0.04)]
+    assert [row.outcome for row in rows(run)] == ["finished", "finished", "cancelled"]
 
 
 def test_a_more_important_job_takes_over_at_a_saved_state() -> None:
