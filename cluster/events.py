@@ -130,12 +130,13 @@ class RequestEnded(EventBase, frozen=True, tag=True, kw_only=True):
     reason: str = ""
 
 
-class StageFinished(EventBase, frozen=True, tag=True, kw_only=True):
-    """A launching executor got through one stage."""
+class StageFinished(EventBase, frozen=True, tag=True, kw_only=True, omit_defaults=True):
+    """A launching executor got through one stage. `source`: where its weights came from, if that is known."""
 
     executor: str
     stage: Stage
     took_ns: int
+    source: str = ""
 
 
 class ExecutorReady(EventBase, frozen=True, tag=True, kw_only=True):

@@ -156,6 +156,8 @@ class Recorder:
         self.finished = 0
         self.scaling: list[tuple[int, str, str, int]] = []
         """(time_ns, executor, what, took_ns): launches, stages, state changes."""
+        self.weights_from: dict[str, str] = {}
+        """Where each executor's weights came from, as far as the backend says."""
         self.end_ns = 0
         self._specs: dict[str, ExecutorSpec] = {}
         self._held: dict[str, tuple[int, int]] = {}
@@ -281,6 +283,8 @@ class Recorder:
         match event:
             case ev.StageFinished():
                 what, took = str(event.stage), event.took_ns
+                if event.source:
+                    self.weights_from[event.executor] = event.source
             case ev.ExecutorReady():
                 what = "ready"
             case ev.ExecutorDrained():

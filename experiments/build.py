@@ -40,6 +40,7 @@ from sim.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from real.cluster import RealCluster
+    from sim.topology import Hosts
 
 ROLES_THAT_SERVE = (
     {Role.COLOCATED},
@@ -146,6 +147,7 @@ class SimSettings(msgspec.Struct, frozen=True):
     coalesce: bool
     record: bool
     draft_acceptance: float
+    hosts: int | None
 
 
 class RealSettings(msgspec.Struct, frozen=True):
@@ -410,7 +412,9 @@ def engine_config(cfg: DictConfig, spec: ExecutorSpec, shape: ModelShape | None 
     values = plain(cfg.engine)
     if values["kv_blocks"] is None:
         shape = shape or model_shape(cfg, spec.model)
-        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), shape, spec.npus, values["block_tokens"])
+        budgets = (values.get(name) or 0 for name in ("token_budget", "prefill_token_budget", "decode_token_budget"))
+        sizes = (values["block_tokens"], max(budgets), values["max_sequences"])
+        values["kv_blocks"] = kv_blocks(hardware_of(cfg, spec), shape, spec.npus, *sizes)
     for name, kind in ENGINE_POLICIES.items():
         if name in values:  # an option of one's own may leave it to the engine's default
             values[name] = engine_policy(values[name], kind, f"engine.{name}")
@@ -437,9 +441,8 @@ def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
 
 def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
-    from sim.cluster import Node, WorkNode
     from sim.coldstart import ColdStart
-    from sim.link import Link, TierLinks
+    from sim.node import Node, WorkNode
 
     cold = typed(cfg.coldstart, ColdStart, "coldstart")
     entries = group_entries(cfg)
@@ -451,7 +454,8 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
         entry = entries[spec]
         if spec.role in WORKERS:
             if spec not in workers:
-                workers[spec] = WorkNode(entry.slots, work_times(cfg, spec), worker_stages(cfg, spec))
+                host = hardware_of(cfg, spec).host() if spec.npus else None
+                workers[spec] = WorkNode(entry.slots, work_times(cfg, spec), worker_stages(cfg, spec), host)
             return workers[spec]
         shape = entry.shape
         kind = (shape, spec.npus, spec.hardware, entry.profile)  # copies of a model are alike
@@ -462,19 +466,14 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
             made[kind] = Node(
                 engine=engine,
                 latency=lambda: model,
-                stages=cold.stages(shape.weight_bytes),
+                stages=cold.stages(),
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
+                host=hardware.host(),
                 contention=hardware.contention,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
-                link=lambda: Link(
-                    hardware.kv_link_bytes_per_s, hardware.kv_link_latency_s, hardware.kv_call_overhead_s
-                ),
-                tiers=lambda: TierLinks(
-                    lambda: Link(hardware.pcie_bytes_per_s, hardware.pcie_latency_s, hardware.kv_call_overhead_s),
-                    lambda: Link(hardware.ssd_bytes_per_s, hardware.ssd_latency_s, hardware.kv_call_overhead_s),
-                ),
+                load=cold.loading(shape.weight_bytes, shape.weight_bytes_on(spec.npus), shape.pipeline_stages),
             )
         return made[kind]
 
@@ -505,7 +504,7 @@ def worker_stages(cfg: DictConfig, spec: ExecutorSpec) -> list[tuple[Stage, int]
 
     cold = typed(cfg.coldstart, ColdStart, "coldstart")
     cold = msgspec.structs.replace(cold, load_setup_s=0.0, te_post_load_s=0.0)
-    return (msgspec.structs.replace(cold, te_pre_load_s=0.0) if spec.role is Role.CPU else cold).stages(0)
+    return (msgspec.structs.replace(cold, te_pre_load_s=0.0) if spec.role is Role.CPU else cold).stages()
 
 
 def profiled(cfg: DictConfig, entries: Mapping[ExecutorSpec, GroupEntry]) -> None:
@@ -536,18 +535,40 @@ def latency_model(cfg: DictConfig, hardware: Hardware, shape: ModelShape, npus: 
 
 
 def sim_cluster(cfg: DictConfig, actors: list[str]) -> Cluster:
-    from sim.cluster import Delays, Failure, SimCluster
+    from sim.cluster import SimCluster
+    from sim.node import Delays, Failure
 
-    backend = cfg.backend
+    backend, node_for = cfg.backend, sim_node(cfg)
     return SimCluster(
         actors,
-        sim_node(cfg),
+        node_for,
         backend.report_period_s,
         typed(backend.delays, Delays, "backend.delays"),
         typed(backend.failures, tuple[Failure, ...], "backend.failures"),
         backend.coalesce,
         backend.record,
+        sim_hosts(cfg, node_for),
     )
+
+
+def sim_hosts(cfg: DictConfig, node_for: Callable[[ExecutorSpec], Any]) -> "Hosts":
+    """The hosts of a simulated run. ValueError: the executors it starts with do not fit."""
+    from sim.topology import Hosts, Topology
+
+    entries = group_entries(cfg)
+    weights = {spec.model: entry.shape.weight_bytes for spec, entry in entries.items() if spec.role not in WORKERS}
+    preloaded = tuple(reversed(weights.items())) if cfg.coldstart.get("preloaded") else ()  # popular ones leave last
+    hosts = Hosts(cfg.backend.hosts, preloaded)
+    topology = Topology(hosts)
+    for spec, entry in entries.items():
+        host = node_for(spec).host
+        for executor in range(entry.plan.initial if host is not None else 0):
+            if topology.place(f"{spec} {executor}", host, spec.npus) is None:
+                raise ValueError(
+                    f"backend.hosts is {hosts.count}: {spec.role} executor {executor + 1} of {spec.model}, which takes "
+                    f"{spec.npus} NPUs, has no room; give more hosts, or null for as many as needed"
+                )
+    return hosts
 
 
 def spans(cluster: Cluster, folder: Path, tasks: TaskLog) -> Spans:

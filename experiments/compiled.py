@@ -41,9 +41,11 @@ MODULES = (
     "policies.dispatch.prompt_tree",
     "policies.dispatch.round_robin",
     "sim.alarm",
+    "sim.cluster",
     "sim.executor",
     "sim.latency",
-    "sim.link",
+    "sim.network",
+    "sim.roofline",
 )
 
 

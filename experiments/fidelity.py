@@ -58,7 +58,7 @@ def simulated_config(
         f"coldstart.scaler_pre_s={stages['scaler_pre']}",
         f"coldstart.te_pre_load_s={stages['te_pre_load']}",
         f"coldstart.load_setup_s={stages['te_load']}",
-        "coldstart.load_bytes_per_s=null",
+        "coldstart.load=none",
         f"coldstart.te_post_load_s={stages['te_post_load']}",
         f"coldstart.scaler_post_s={stages['scaler_post']}",
         f"backend.delays.dispatch_s={measured.dispatch_s}",

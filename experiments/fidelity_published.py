@@ -1,7 +1,7 @@
 """The simulator against figures that others measured: rooflines against publications, runs against vLLM's timings."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,15 +9,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from cluster.actions import LaunchExecutor
+from cluster.events import ExecutorReady, StageFinished
 from cluster.latency import StepShape
 from cluster.metrics import RequestTable, Slo, Window, summarise
 from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, Request
-from cluster.vocabulary import ExecutorSpec, Role, to_ns
+from cluster.vocabulary import ExecutorSpec, Role, Stage, to_ns, to_s
 from experiments import build
 from experiments.config import compose
-from sim.hardware import Hardware
+from sim.hardware import Hardware, kv_blocks
 from sim.roofline import Roofline
+from sim.topology import Hosts, Topology
 
 TERMS = ("efficiency_gemm", "efficiency_bandwidth", "step_overhead_s")
 """What is fitted to a machine's first half of requests."""
@@ -48,14 +51,11 @@ def _roofline(hardware: str, model: str, npus: int) -> Callable[[StepShape], flo
 
 
 def published() -> Iterator[Figure]:
-    """Step times, runs and transfers, from hardware and model alone."""
+    """Step times, runs, memory, start-ups and transfers, from hardware and model alone where no basis is named."""
     yield from throughput()
-    loads = (("llama3_8b", 1, 0.15, 0.71), ("codellama_34b", 4, 0.16, 0.76), ("qwen2_72b", 8, 0.19, 0.91))
-    for model, npus, hccs, roce in loads:
-        shard = build.model_shape(compose([f"model={model}"])).weight_bytes / npus
-        for link, hardware, seconds in (("HCCS", "cloudmatrix384", hccs), ("RoCE", "ascend910b2", roce)):
-            rate = _hardware(hardware).kv_link_bytes_per_s
-            yield Figure(f"weights of {model} TP{npus} over {link}, s", seconds, shard / rate, "DeepServe figure 10")
+    yield from memory()
+    yield from starts()
+    yield from transfers()
 
 
 def throughput() -> Iterator[Figure]:
@@ -109,6 +109,103 @@ def _tokens_per_s(overrides: list[str], prompt: int, output: int, requests: int)
     with build.cluster(cfg, None) as cluster:
         control.drive(cluster)
     return requests * (prompt + output) / summarise(recorder, Slo())["span_s"]
+
+
+def memory() -> Iterator[Figure]:
+    """KV cache beside weights and activations, as vLLM's own profiling left it with 2,048 tokens and 256 sequences."""
+    shape = build.model_shape(compose(["model=llama3_8b"]))
+    found = kv_blocks(_hardware("rtx4090"), shape, 1, 16, 2048, 256)
+    yield Figure("KV cache blocks of Llama-3.1-8B, RTX 4090", 2588, found, "vLLM 0.19, recorded by LLMServingSim")
+
+
+# -- weights on their way -----------------------------------------------------------------------------------------
+
+LOADS = (
+    ("llama3_8b", 1, (3.3, 1.1, 0.71, 0.15)),
+    ("codellama_34b", 4, (11, 2.1, 0.76, 0.16)),
+    ("qwen2_72b", 8, (24, 3.2, 0.91, 0.19)),
+)
+"""Seconds of TE-Load in DeepServe figure 10: SSD, DRAM, NPU-fork over RoCE, over HCCS, each from another server."""
+
+
+def load_times(overrides: Sequence[str], npus: int, before: int, together: int) -> list[float]:
+    """Seconds of TE-Load of executors that start together, when `before` others run already."""
+    cfg = compose([*overrides, f"fleet.groups=[{{role: colocated, executors: 1, npus: {npus}}}]"])
+    spec = build.groups(cfg)[0].spec
+    took: dict[str, float] = {}
+    with build.sim_cluster(cfg, ["cm"]) as cluster:
+        for names in ([f"old-{number}" for number in range(before)], [f"new-{number}" for number in range(together)]):
+            waiting = set(names)
+            for name in names:
+                cluster.submit(LaunchExecutor(name, spec))
+            while waiting:
+                event = cluster.next_event()
+                if isinstance(event, StageFinished) and event.stage is Stage.TE_LOAD:
+                    took[event.executor] = to_s(event.took_ns)
+                elif isinstance(event, ExecutorReady):
+                    waiting.discard(event.executor)
+    return [seconds for name, seconds in took.items() if name.startswith("new")]
+
+
+def starts() -> Iterator[Figure]:
+    """TE-Load by simulated starts. Forks of figure 10 are the bytes alone, those of figure 11 what came with them, too:
+    one fork took 0.15 s in the one and 0.44 s in the other.
+    """
+    ways = (("SSD", "ascend910b2", "local"), ("DRAM", "ascend910b2", "prewarmed"), ("RoCE", "ascend910b2", "npu_fork"))
+    based = {("SSD", 1): "ssd_bytes_per_s", ("DRAM", 1): "pcie_bytes_per_s", ("DRAM", 8): "dram_bytes_per_s"}
+    for model, npus, published in LOADS:
+        for (way, hardware, start), seconds in zip(
+            (*ways, ("HCCS", "cloudmatrix384", "npu_fork")), published, strict=True
+        ):
+            overrides = [f"model={model}", f"hardware={hardware}", f"coldstart={start}", "coldstart.fork_setup_s=0"]
+            full = _hardware(hardware).host_npus or _hardware(hardware).node_npus
+            [found] = load_times(overrides, npus, full // npus if start == "npu_fork" else 0, 1)
+            what = f"weights of {model} TP{npus}, {way}, s"
+            yield Figure(what, seconds, found, "DeepServe figure 10", based.get((way, npus), ""))
+    fork = ["model=llama3_8b", "hardware=cloudmatrix384", "coldstart=npu_fork"]
+    for targets, seconds in ((1, 0.44), (31, 0.58)):
+        found = max(load_times(fork, 1, 1, targets))
+        yield Figure(f"fork of llama3_8b to {targets} at once, HCCS, s", seconds, found, "DeepServe figure 11")
+
+
+# -- KV cache on its way ------------------------------------------------------------------------------------------
+
+TOKENS = (500, 1000, 4000, 8000, 10000)
+TRANSFERS = {
+    "FlowKV": ((0.0044, 0.0075, 0.0236, 0.0447, 0.0555), (0.0080, 0.0993)),
+    "layerwise": ((0.0678, 0.1309, 0.5338, 1.1173, 1.4121), (0.1176, 1.6711)),
+    "vLLM-Disagg": ((0.1179, 0.2314, 0.6670, 1.3382, 1.7373), (0.1197, 1.3462)),
+    "Mooncake": ((0.3010, 0.5416, 1.3473, 2.0289, None), (0.3418, 2.1250)),
+}
+"""Seconds in FlowKV's table 3, Llama-3.1-8B: on a machine of L20 for `TOKENS`, and from L20 to H20 for 500 and 8000."""
+
+
+def transfers() -> Iterator[Figure]:
+    """KV cache between two executors that have the links to themselves. FlowKV moves it in one call, the others in one
+    for keys and values of each layer and block of 16 tokens; what such a call costs is fitted to the 500 tokens on one
+    machine, per system.
+    """
+    shape = build.model_shape(compose(["model=llama3_8b"]))
+    topology = Topology(Hosts())
+    for name, hardware in (("a", "l20"), ("b", "l20"), ("c", "h20")):
+        topology.place(name, _hardware(hardware).host(), 1)
+    one, two = topology.path("a", "b"), topology.path("a", "c")
+    for system, (alone, apart) in TRANSFERS.items():
+        call_ns = 0.0
+        cells = [(tokens, seconds, one, "L20") for tokens, seconds in zip(TOKENS, alone, strict=True)]
+        cells += [(tokens, seconds, two, "L20 to H20") for tokens, seconds in zip((500, 8000), apart, strict=True)]
+        for tokens, seconds, path, where in cells:
+            if seconds is None:
+                continue
+            blocks = -(-tokens // 16)
+            num_bytes = blocks * 16 * shape.kv_bytes_per_token
+            calls, fitted = (1, False) if system == "FlowKV" else (2 * shape.layers * blocks, not call_ns)
+            if fitted:
+                call_ns = (seconds * 1e9 - path.latency_ns - num_bytes * 1e9 / path.bytes_per_s) / calls
+            each = path.call_ns if system == "FlowKV" else call_ns
+            found = (path.latency_ns + calls * each + num_bytes * 1e9 / path.bytes_per_s) / 1e9
+            what = f"KV cache of {tokens} tokens, {where}, {system}, s"
+            yield Figure(what, seconds, found, "FlowKV table 3", f"{call_ns / 1e3:.0f} us per call" if fitted else "")
 
 
 # -- timings of real engines --------------------------------------------------------------------------------------

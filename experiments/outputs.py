@@ -4,7 +4,7 @@
 |---|---|---|
 | requests.parquet | request | deepflow-requests/1 |
 | executors.parquet | load report | deepflow-executors/2 |
-| scaling.parquet | step in the life of an executor | deepflow-scaling/1 |
+| scaling.parquet | step in the life of an executor | deepflow-scaling/2 |
 | jobs.parquet | job other than serving, where a run has such | deepflow-jobs/1 |
 | timeline.json | span, for ui.perfetto.dev | deepflow-timeline/2 |
 | summary.json | metric, and what the run rests on | deepflow-summary/1 |
@@ -26,7 +26,7 @@ import numpy as np
 from cluster.jobs.record import JobRecorder, JobRow
 from cluster.metrics import RequestTable, Slo, Window
 from cluster.recorder import NONE, Recorder
-from cluster.vocabulary import NS_PER_S
+from cluster.vocabulary import NS_PER_S, Stage
 from experiments import timeline
 from experiments.task_log import TaskLog
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SCHEMAS = {
     "requests.parquet": "deepflow-requests/1",
     "executors.parquet": "deepflow-executors/2",
-    "scaling.parquet": "deepflow-scaling/1",
+    "scaling.parquet": "deepflow-scaling/2",
     "jobs.parquet": "deepflow-jobs/1",
     "summary.json": "deepflow-summary/1",
     "timeline.json": timeline.SCHEMA,
@@ -136,7 +136,8 @@ def read_scaling(folder: Path) -> "pd.DataFrame":
     """One row per step in the life of an executor. ValueError: no such file, or one of another schema.
 
     `what`: launch, a finished stage of starting up, ready, drained, retired or failed, or "serves" and a role that it
-    has switched to; `took_s`: of a stage, else 0.
+    has switched to; `took_s`: of a stage, else 0; `source` of the weights, for the stage te_load: dram, ssd, or the
+    executor that they were forked from and what joins the two; empty where the backend does not say.
     """
     return _read_table(folder / "scaling.parquet")
 
@@ -229,6 +230,7 @@ def _scaling_columns(recorder: Recorder) -> dict[str, Any]:
         "executor": [executor for _, executor, _, _ in steps],
         "what": [what for _, _, what, _ in steps],
         "took_s": np.array([took for _, _, _, took in steps], np.int64) / NS_PER_S,
+        "source": [recorder.weights_from.get(name, "") if what == Stage.TE_LOAD else "" for _, name, what, _ in steps],
     }
 
 

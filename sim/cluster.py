@@ -35,9 +35,8 @@ from cluster.relay import relayed
 from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
-from cluster.work import WORK, OperationTime, Secrets, WorkTask
+from cluster.work import WORK, Secrets, WorkTask
 from flowserve.core import messages
-from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TransferTime
 from flowserve.core.messages import (
     Abort,
@@ -60,78 +59,16 @@ from flowserve.core.transfer import contiguous_runs
 from flowserve.core.worker import Worker
 from sim.alarm import NORMAL, Alarm
 from sim.executor import SimExecutor
-from sim.link import Link, TierLinks
+from sim.network import Network, Path
+from sim.node import Delays, Failure, Node, WorkNode
+from sim.starting import Starter
 from sim.tokenizers import Tokenizers
+from sim.topology import Hosts, Topology
 from sim.worker import SimWorker
 
 NEVER = float("inf")
 MOST_TRANSFERS = 50_000
 """So many are remembered."""
-
-
-class Delays(msgspec.Struct, frozen=True):
-    """How long messages take, in seconds: to executors, back from them, and what a decision costs its actor.
-
-    `token_s`: what a tokenizer takes per token of a prompt, before a job executor hears of the request; `tokenizers`:
-    how many work side by side, the other prompts wait.
-    """
-
-    dispatch_s: float = 0.0
-    event_s: float = 0.0
-    decision_s: float = 0.0
-    peer_s: float = 0.0
-    token_s: float = 0.0
-    tokenizers: int = 1
-
-    def __post_init__(self) -> None:
-        if self.tokenizers < 1:
-            raise ValueError(f"delays.tokenizers is {self.tokenizers}: allowed are 1 and more")
-        for field in self.__struct_fields__:
-            if getattr(self, field) < 0:
-                raise ValueError(f"delays.{field} is {getattr(self, field)}: allowed are seconds from 0 up")
-
-
-class Node(msgspec.Struct, frozen=True):
-    """What stands behind one kind of executor: engine limits, latency model, start-up stages, KV cache link.
-
-    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
-    `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `tiers`: links
-    to the tiers that the engine has below HBM. `acceptance`: of guesses, where it speculates.
-    """
-
-    engine: EngineConfig
-    latency: Callable[[], LatencyModel]
-    stages: Sequence[tuple[Stage, int]]
-    kv_bytes_per_token: int
-    kv_segments: int
-    link: Callable[[], Link]
-    contention: float = 0.0
-    host_step_s: float = 0.0
-    acceptance: Acceptance = Acceptance()
-    tiers: Callable[[], TierLinks] | None = None
-
-    @property
-    def block_bytes(self) -> int:
-        return self.engine.block_tokens * self.kv_bytes_per_token
-
-
-class WorkNode(msgspec.Struct, frozen=True):
-    """What stands behind one kind of worker: how many tasks run side by side, how long each takes, start-up stages."""
-
-    slots: int
-    time: OperationTime
-    stages: Sequence[tuple[Stage, int]] = ()
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """Kill an executor at a time: a fault to inject."""
-
-    at_s: float
-    executor: str
-
-    def __post_init__(self) -> None:
-        if self.at_s < 0:
-            raise ValueError(f"failure of {self.executor} at {self.at_s} s: allowed are seconds from 0 up")
 
 
 def _accept(acceptance: Acceptance, verify: Verify) -> int:
@@ -145,7 +82,8 @@ class SimCluster(Cluster):
     `node_for`: what an executor spec runs on. `report_period_s`: shortest time between load reports of an executor.
     `coalesce`: advance decode steps that nothing can change in one event (the result is the same without). `record`:
     keep what every executor computed when, in `steps`, and copies between tiers beside the first transfers between
-    executors in `transfers`. `latencies`: the models that executors have used so far.
+    executors in `transfers`. `latencies`: the models that executors have used so far. `hosts`: how many there are, and
+    what lies in their memory.
     """
 
     def __init__(
@@ -157,6 +95,7 @@ class SimCluster(Cluster):
         failures: Sequence[Failure] = (),
         coalesce: bool = True,
         record: bool = False,
+        hosts: Hosts | None = None,
     ) -> None:
         self.steps: list[StepSpan] = []
         self.transfers: list[TransferSpan] = []
@@ -181,9 +120,8 @@ class SimCluster(Cluster):
         self._work_nodes: dict[str, WorkNode] = {}
         self._work_tasks: dict[str, dict[int, tuple[str, WorkTask]]] = {}
         self._nodes: dict[str, Node] = {}
-        self._links: dict[str, Link] = {}
-        self._tier_links: dict[str, TierLinks] = {}
-        self._launching: set[str] = set()
+        self.network, self.topology = Network(self.env), Topology(hosts or Hosts())
+        self._starter = Starter(self.env, self.topology, self.network, self._stage_finished, self._ready)
         self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
         self._undone: list[Action] = []
         self._ended = False
@@ -218,7 +156,7 @@ class SimCluster(Cluster):
     def close(self) -> None:
         self.executors.clear()
         self.workers.clear()
-        self._launching.clear()
+        self._starter.close()
         self._ended = True
 
     def now(self) -> int:
@@ -241,8 +179,7 @@ class SimCluster(Cluster):
         self._send(action.executor, Abort(action.task_id), self._dispatch_ns)
 
     def _start(self, action: LaunchExecutor) -> None:
-        self._launching.add(action.executor)
-        self._after(0, partial(self._launch, action, self._node_for(action.spec), 0))
+        self._starter.launch(action, self._node_for(action.spec))
 
     def _drain(self, action: DrainExecutor) -> None:
         self._send(action.executor, Drain(), self._dispatch_ns)
@@ -299,37 +236,28 @@ class SimCluster(Cluster):
         now = self.now()
         self._emit(ev.TimerFired(to=action.actor, time=now, occurred=min(now, max(action.at_ns, 0)), name=action.name))
 
-    def _launch(self, action: LaunchExecutor, node: Node | WorkNode, done: int, _: simpy.Event) -> None:
-        """So many stages of a start are done: on to the next, or ready."""
-        if action.executor not in self._launching:
-            return
-        if done:
-            now, (stage, took) = self.now(), node.stages[done - 1]
-            self._emit(
-                ev.StageFinished(to="cm", time=now, occurred=now, executor=action.executor, stage=stage, took_ns=took)
+    def _stage_finished(self, executor: str, stage: Stage, took_ns: int, source: str) -> None:
+        now = self.now()
+        self._emit(
+            ev.StageFinished(
+                to="cm", time=now, occurred=now, executor=executor, stage=stage, took_ns=took_ns, source=source
             )
-        if done < len(node.stages):
-            self._after(node.stages[done][1], partial(self._launch, action, node, done + 1))
-        else:
-            self._ready(action, node)
+        )
 
     def _ready(self, action: LaunchExecutor, node: Node | WorkNode) -> None:
-        self._launching.discard(action.executor)
         assert isinstance(node, WorkNode) == (action.spec.role in WORKERS)
         if isinstance(node, WorkNode):
             self._employ(action, node)
             return
         latency, fetch_cost = node.latency(), None
-        if node.tiers is not None and node.engine.tiers.blocks:
-            links = self._tier_links[action.executor] = node.tiers()
-            rates = links.rates(node.block_bytes, node.kv_segments)
+        if node.engine.tiers.blocks:
+            rates = self.topology.tier_rates(action.executor, node.block_bytes, node.kv_segments)
             fetch_cost = CostModel(PrefillTime(latency, node.engine.token_budget), TransferTime(rates))
         shell = TaskExecutor(
             action.executor, action.spec, node.engine, self._report_to, self._report_period_ns, fetch_cost
         )
-        self._nodes[action.executor], self._links[action.executor] = node, node.link()
+        self._nodes[action.executor] = node
         self._tasks[action.executor] = {}
-        latency = node.latency()
         if latency not in self.latencies:
             self.latencies.append(latency)
         executor = SimExecutor(
@@ -339,7 +267,7 @@ class SimCluster(Cluster):
             self._answers,
             partial(self._take, action.executor),
             self._coalesce,
-            len(self._links),
+            len(self._nodes),
             partial(self._slowdown, action.executor, node.contention) if node.contention else None,
             self._record,
             to_ns(node.host_step_s),
@@ -464,13 +392,13 @@ class SimCluster(Cluster):
         self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=executor, reason="killed"))
 
     def _has(self, name: str) -> bool:
-        return name in self.executors or name in self.workers or name in self._launching
+        return name in self.executors or name in self.workers or name in self._starter
 
     def _stop(self, name: str) -> None:
-        self._launching.discard(name)
         executor = self.executors.pop(name, None)
         if executor is None:
             self._dismiss(name)
+            self._starter.stop(name)
             return
         executor.kill()
         peers = self._peers[executor.shell.shell.spec.model]
@@ -480,6 +408,7 @@ class SimCluster(Cluster):
             self._lose(name, job_executor, task, task.generated if sequence is None else sequence.generated)
         for other in peers.values():
             other.receive(PeerLost(name))
+        self._starter.stop(name)
 
     def _lose(self, executor: str, job_executor: str, task: Task, generated: int) -> None:
         now = self.now()
@@ -518,33 +447,45 @@ class SimCluster(Cluster):
             self._move(name, move)
 
     def _move(self, name: str, move: Move) -> None:
-        node, now = self._nodes[name], self.now()
-        segments = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
-        num_bytes = len(move.source_blocks) * node.block_bytes
-        done = self._tier_links[name].transfer(now, move.source, move.target, num_bytes, segments)
-        self._at(done - now, partial(self._moved, name, move, now, num_bytes, segments))
+        node, asked = self._nodes[name], self.now()
+        pieces = len(contiguous_runs(move.source_blocks, move.target_blocks)) * node.kv_segments
+        hops = self.topology.moving(name, move.source, move.target)
+        self._hop(name, move, asked, hops, pieces)
 
-    def _moved(self, name: str, move: Move, asked: int, num_bytes: int, pieces: int) -> None:
-        if self._record is not None:
+    def _hop(self, name: str, move: Move, asked: int, hops: Sequence[Path], pieces: int) -> None:
+        """One way of a copy after the other, each host with its share of the blocks."""
+        blocks = len(move.source_blocks) * self._nodes[name].block_bytes
+        on_end = partial(self._hopped, name, move, asked, hops[1:], pieces)
+        self.network.start(hops[0], round(blocks * self.topology.seats[name].share), pieces, on_end, (name,))
+
+    def _hopped(self, name: str, move: Move, asked: int, hops: Sequence[Path], pieces: int, success: bool) -> None:
+        if hops and success:
+            self._hop(name, move, asked, hops, pieces)
+            return
+        if success and self._record is not None:
             source, target = (f"{name} {tier.name}" for tier in (move.source, move.target))
             blocks = len(move.source_blocks)
+            num_bytes = blocks * self._nodes[name].block_bytes
             self.transfers.append(TransferSpan(source, target, asked, self.now(), blocks, num_bytes, pieces))
-        self._send(name, KvMoved(move.ticket, True), 0)
+        self._send(name, KvMoved(move.ticket, success), 0)
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
-        node, now = self._nodes[name], self.now()
+        node, source = self._nodes[name], transfer.source
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
         pieces = runs * node.kv_segments
-        done = self._links[transfer.source].transfer(now, num_bytes, pieces)
-        self._at(done - now, partial(self._transferred, name, transfer, now, num_bytes, pieces))
+        on_end = partial(self._fetched, name, transfer, self.now(), num_bytes, pieces)
+        if source not in self.executors:  # it died after it made the offer
+            on_end(False)
+            return
+        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, (source, name))
 
-    def _transferred(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int) -> None:
+    def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
-        if len(self.transfers) < MOST_TRANSFERS:
+        if success and len(self.transfers) < MOST_TRANSFERS:
             source, blocks, task_id = transfer.source, len(transfer.blocks), transfer.task_id
             self.transfers.append(TransferSpan(source, name, asked, self.now(), blocks, num_bytes, pieces, task_id))
-        self._send(name, KvFetched(transfer.task_id, transfer.source in self.executors), 0)
+        self._send(name, KvFetched(transfer.task_id, success), 0)
 
     def _send(self, name: str, message: Message, delay: int) -> None:
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.

@@ -37,11 +37,13 @@ from cluster.work import (
 from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
-from sim.cluster import Delays, Failure, Node, SimCluster, WorkNode
+from sim.cluster import SimCluster
+from sim.coldstart import Load
 from sim.executor import SimExecutor
 from sim.hardware import Hardware
 from sim.latency import Constant
-from sim.link import Link, TierLinks
+from sim.node import Delays, Failure, Node, WorkNode
+from sim.topology import Hosts, HostShape, Wire
 
 MODEL = "m"
 NPU = Hardware(
@@ -272,8 +274,12 @@ class Run(NamedTuple):
         return [event for event in self.events if isinstance(event, kinds)]
 
 
-def tier_links(pcie_bytes_per_s: float, ssd_bytes_per_s: float, latency_s: float = 0.0) -> TierLinks:
-    return TierLinks(lambda: Link(pcie_bytes_per_s, latency_s, 0.0), lambda: Link(ssd_bytes_per_s, latency_s, 0.0))
+def tier_wires(pcie_bytes_per_s: float, ssd_bytes_per_s: float, latency_s: float = 0.0) -> tuple[Wire, Wire]:
+    """PCIe and disk of a host."""
+    return Wire(pcie_bytes_per_s, latency_s), Wire(ssd_bytes_per_s, latency_s)
+
+
+WIRE, TIERS = Wire(1e9), tier_wires(1e9, 1e8)
 
 
 def no_stages() -> list[tuple[Stage, int]]:
@@ -288,8 +294,11 @@ def run_sim(
     engine: EngineConfig | None = None,
     latency: Callable[[], LatencyModel] = lambda: Constant(0.01),
     host_step_s: float = 0.0,
-    link: Callable[[], Link] = lambda: Link(1e9, 0.0, 0.0),
-    tiers: Callable[[], TierLinks] = lambda: tier_links(1e9, 1e8),
+    wire: Wire = WIRE,
+    tiers: tuple[Wire, Wire] = TIERS,
+    host: HostShape | None = None,
+    hosts: Hosts | None = None,
+    load: Load | None = None,
     kv_bytes_per_token: int = 1000,
     kv_segments: int = 1,
     stages: Sequence[tuple[Stage, int]] | None = None,
@@ -310,7 +319,9 @@ def run_sim(
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
     between: Callable[[ControlPlane, SimCluster], None] | None = None,
 ) -> Run:
-    """One run to its end: the real control plane on the simulated cluster. `between`: called after each event."""
+    """One run to its end: the real control plane on the simulated cluster. Without `host`, executors have one each,
+    with `wire` to the others and `tiers` to its memory and disk. `between`: called after each event.
+    """
     groups = groups or [GroupPlan(make_spec(), executors, executors, executors)]
     engine = engine or EngineConfig(kv_blocks=1000)
     names = tuple(f"je-{number}" for number in range(num_job_executors))
@@ -328,10 +339,10 @@ def run_sim(
         stages=no_stages() if stages is None else stages,
         kv_bytes_per_token=kv_bytes_per_token,
         kv_segments=kv_segments,
-        link=link,
+        host=host or HostShape(wire, pcie=tiers[0], ssd=tiers[1]),
         host_step_s=host_step_s,
         acceptance=Acceptance(acceptance),
-        tiers=tiers,
+        load=load,
     )
     work_node = WorkNode(slots, work_time, no_stages() if stages is None else stages)
     cluster = SimCluster(
@@ -342,6 +353,7 @@ def run_sim(
         failures,
         coalesce=coalesce,
         record=record,
+        hosts=hosts,
     )
     events: list[ev.Event] = []
     with cluster:

@@ -17,10 +17,11 @@ from cluster.vocabulary import NS_PER_S, WORKERS, Outcome, Role, Stage, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from real.cluster import Engine, RealCluster, WorkEngine
-from sim.cluster import Delays, Node, SimCluster, WorkNode
+from sim.cluster import SimCluster
 from sim.latency import Constant
-from sim.link import Link
-from tests.builders import MODEL, make_spec, simple_times, tier_links
+from sim.node import Delays, Node, WorkNode
+from sim.topology import HostShape, Wire
+from tests.builders import MODEL, make_spec, simple_times
 
 ACTORS = ("client", "je", "cm")
 SLOTS = 2
@@ -45,9 +46,8 @@ def sim_cluster(
         stages=[(stage, to_ns(0.001)) for stage in Stage],
         kv_bytes_per_token=1000,
         kv_segments=2,
-        link=lambda: Link(1e9, 1e-4, 1e-5),
+        host=HostShape(Wire(1e9, 1e-4, 1e-5), pcie=Wire(1e9, 1e-4), ssd=Wire(1e8, 1e-4)),
         acceptance=Acceptance(acceptance),
-        tiers=lambda: tier_links(1e9, 1e8, 1e-4),
     )
     work = WorkNode(SLOTS, simple_times, node.stages)
     return SimCluster(
@@ -99,7 +99,7 @@ def kill(cluster: Cluster, executor: str) -> None:
 def present(cluster: Cluster) -> set[str]:
     """Names of the executors that the cluster has, launching ones included."""
     if isinstance(cluster, SimCluster):
-        return {*cluster.executors, *cluster.workers, *cluster._launching}
+        return {*cluster.executors, *cluster.workers, *cluster._starter._starts}
     assert isinstance(cluster, RealCluster)
     return set(cluster.process_ids())
 

@@ -24,7 +24,7 @@ from cluster.vocabulary import ExecutorState, FailureReason, Outcome, Role, Stag
 from cluster.work import Train, WorkTask
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
-from sim.cluster import Failure
+from sim.node import Failure
 from tests.builders import (
     MODEL,
     Run,

@@ -26,6 +26,11 @@ WRONG = {
     "negative report period": (["run", "backend.report_period_s=-1"], "backend.report_period_s is -1"),
     "negative warm-up": (["run", "warmup_s=-1"], "warmup_s is -1"),
     "negative objective": (["run", "slo.ttft_s=-1"], "slo.ttft_s is -1"),
+    "too few hosts": (
+        ["run", "backend.hosts=1", "fleet.groups.0.npus=8"],
+        "backend.hosts is 1: colocated executor 2 of llama3-8b, which takes 8 NPUs, has no room",
+    ),
+    "no fan-out": (["run", "coldstart.fork_fanout=0"], "fork_fanout is 0"),
     "negative start-up": (["run", "coldstart.te_pre_load_s=-1"], "te_pre_load_s is -1"),
     "negative delay": (["run", "backend.delays.event_s=-1"], "delays.event_s is -1"),
     "negative failure time": (["run", "backend.failures=[{at_s: -1, executor: te-0}]"], "failure of te-0 at -1"),

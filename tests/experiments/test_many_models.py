@@ -134,6 +134,18 @@ def test_workers_belong_to_no_model(tmp_path: Path) -> None:
         build.groups(compose(["fleet.groups=[{role: cpu, executors: 1, copies: 2}, {role: colocated, executors: 1}]"]))
 
 
+def test_training_workers_sit_on_hosts() -> None:
+    """Their NPUs are taken from those of executors; workers on CPUs take no place."""
+    fleet = "fleet.groups=[{role: colocated, executors: 4}, {role: cpu, executors: 9}, %s]"
+    training = "{role: training, executors: 1, npus: %d}"
+    with pytest.raises(ValueError, match=r"backend.hosts is 1: training executor 1 of training, which takes 8 NPUs"):
+        build.cluster(compose([fleet % (training % 8), "backend.hosts=1"]), None)
+    build.cluster(compose([fleet % (training % 4), "backend.hosts=1"]), None).close()
+    waits = build.sim_node(compose([fleet % (training % 8)]))
+    hosts = [waits(plan.spec).host for plan in build.groups(compose([fleet % (training % 8)]))]
+    assert hosts[0] == hosts[2] and hosts[1] is None
+
+
 def test_agents_ask_for_one_of_several_models(tmp_path: Path) -> None:
     """Requests of the trace are mixed over the models, jobs ask for the run's own; costs are of all."""
     jobs = ("jobs=agents", "jobs.sources.0.sessions=2", "jobs.sources.0.max_context=20000", "jobs.sources.0.rate=5")

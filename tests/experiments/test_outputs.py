@@ -37,7 +37,11 @@ def recorded() -> Recorder:
     hear(ev.RunStarted(to="cm", time=0, occurred=0), *launches)
     for number, name in enumerate(("te-0", "te-1")):
         at = to_ns(0.25 * (number + 1))
-        hear(ev.StageFinished(to="cm", time=at, occurred=at, executor=name, stage=Stage.TE_LOAD, took_ns=to_ns(0.2)))
+        hear(
+            ev.StageFinished(
+                to="cm", time=at, occurred=at, executor=name, stage=Stage.TE_LOAD, took_ns=to_ns(0.2), source="dram"
+            )
+        )
         ready = ev.ExecutorReady(
             to="cm", time=at, occurred=at, executor=name, spec=SPEC, kv_blocks=100, block_tokens=16, max_sequences=8
         )
@@ -172,8 +176,9 @@ def test_load_reports_and_scaling_come_back(folder: Path) -> None:
     assert loads.waiting_tokens.tolist() == [0, 10, 20, 30]
     stages = scaling[scaling.what == "te_load"]
     assert stages.took_s.tolist() == [0.2, 0.2]
+    assert stages.source.tolist() == ["dram", "dram"]
     assert scaling.what.tolist()[:2] == ["launch", "launch"]
-    assert scaling.iloc[-1].tolist() == [4.5, "te-1", "failed", 0.0]
+    assert scaling.iloc[-1].tolist() == [4.5, "te-1", "failed", 0.0, ""]
 
 
 def test_summary_comes_back(folder: Path) -> None:

@@ -20,7 +20,7 @@ from experiments.outputs import read_requests, read_summary, write_run
 from experiments.report import ReportRun, write_report
 from experiments.tables import Row, duration, share, three_digits
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Failure
+from sim.node import Failure
 from tests.builders import GroupPlan, make_arrival, make_spec, run_sim
 
 SLO = Slo(ttft_s=0.5, tpot_s=0.05)

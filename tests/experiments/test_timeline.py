@@ -18,8 +18,8 @@ from flowserve.core.messages import KvFetched, KvOffered
 from flowserve.core.record import TransferSpan, TurnRecord, transfers
 from flowserve.core.tiers import TierConfig
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Failure
-from sim.link import Link
+from sim.node import Failure
+from sim.topology import Wire
 from tests.builders import Run, disaggregated, make_agent, make_arrival, make_tuning, run_sim, workers
 from tests.experiments.test_outputs import recorded
 
@@ -80,9 +80,7 @@ def check_format(events: list[Event]) -> None:
 def test_arrows_lead_from_arrival_over_prefill_and_transfer_to_decode(tmp_path: Path) -> None:
     """A request of two executors has four stops: where it arrives, its prefill, the link, its decode."""
     workload = [make_arrival(number, at_s=0.01 * number, prompt=100 + number) for number in range(20)]
-    run, events, other = drawn(
-        tmp_path / "t.json", workload, groups=disaggregated(2, 1), link=lambda: Link(1e6, 0.001, 0.0)
-    )
+    run, events, other = drawn(tmp_path / "t.json", workload, groups=disaggregated(2, 1), wire=Wire(1e6, 0.001))
     check_format(events)
     assert other["requests"] == "20 of 20, the first to arrive"
     processes, threads = names(events), slices(events)

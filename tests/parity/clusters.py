@@ -21,10 +21,10 @@ from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
 from policies.scaling.fixed import Fixed
 from real.cluster import Engine, RealCluster
-from sim.cluster import Node, SimCluster
+from sim.cluster import SimCluster
 from sim.latency import Constant
-from sim.link import Link
-from tests.builders import tier_links
+from sim.node import Node
+from sim.topology import HostShape, Wire
 
 STEP_S = 0.003
 VOCAB = 1000
@@ -52,9 +52,8 @@ def simulated(engine: EngineConfig) -> Callable[[list[str], Path], Cluster]:
         stages=[(Stage.TE_LOAD, 50_000_000)],
         kv_bytes_per_token=1024,
         kv_segments=1,
-        link=lambda: Link(1e9, 1e-5, 1e-6),
+        host=HostShape(Wire(1e9, 1e-5, 1e-6), pcie=Wire(1e9, 1e-4), ssd=Wire(1e8, 1e-4)),
         acceptance=ACCEPTANCE,
-        tiers=lambda: tier_links(1e9, 1e8, 1e-4),
     )
     return lambda actors, _: SimCluster(actors, lambda _: node, REPORT_S)
 

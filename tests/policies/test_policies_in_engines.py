@@ -14,8 +14,8 @@ from cluster.request import Arrival
 from cluster.vocabulary import Outcome
 from flowserve.core.config import EngineConfig
 from flowserve.core.scheduler import EngineCore
-from sim.cluster import Failure
 from sim.latency import Constant
+from sim.node import Failure
 from tests.builders import Run, chain, disaggregated, make_arrival, run_sim
 from tests.contract.backends import BACKENDS, Driver
 

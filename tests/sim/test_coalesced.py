@@ -21,11 +21,13 @@ from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Delays, Failure, SimCluster
+from sim.cluster import SimCluster
+from sim.coldstart import Load
 from sim.latency import Constant, Fitted
-from sim.link import Link
 from sim.model_shape import ModelShape
+from sim.node import Delays, Failure
 from sim.roofline import Roofline
+from sim.topology import Hosts, HostShape, Wire
 from tests.builders import (
     MODEL,
     NPU,
@@ -36,7 +38,6 @@ from tests.builders import (
     make_request,
     make_spec,
     run_sim,
-    tier_links,
 )
 
 
@@ -79,6 +80,36 @@ LATENCIES = (
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
 )
+
+
+LOADS = (
+    None,
+    Load(5_000_000, 5_000_000, 0.001),
+    Load(5_000_000, 5_000_000, 0.001, fork=True, chunk_bytes=1e6),
+    Load(5_000_000, 5_000_000, fork=True, fanout=2, chunk_bytes=1e7),
+)
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> HostShape:
+    """Fast or slow; one or two executors to a host, which share what a host has, or a domain of several hosts."""
+    npus = draw(st.sampled_from([1, 1, 2, 4]))
+    nic = draw(st.sampled_from([Wire(1e9), Wire(1e7, 0.001, 0.0005)]))
+    peer = draw(st.sampled_from([None, Wire(2e7, 0.0001, 0.0001)]))
+    return HostShape(
+        nic,
+        npus,
+        npus * draw(st.sampled_from([1, 2])),
+        peer,
+        draw(st.sampled_from([None, Wire(1.5e7)])),
+        draw(st.sampled_from([1, npus])),
+        draw(st.sampled_from([None, Wire(5e7)])),
+        *draw(st.sampled_from([(Wire(1e9), Wire(1e8)), (Wire(1e7, 0.001), Wire(1e6, 0.001))])),
+        memory_bytes=draw(st.sampled_from([None, 4e6, 1e7])),
+        memory_bytes_per_s=draw(st.sampled_from([None, 1.2e7])),
+        rack_hosts=draw(st.sampled_from([None, 1])),
+        oversubscription=draw(st.sampled_from([1.0, 3.0])),
+    )
 
 
 @st.composite
@@ -143,7 +174,8 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
     ]
     scales = draw(st.sampled_from([scaling, BackAndForth])) if spare else Fixed
     if draw(st.booleans()):  # else nobody serves the other model
-        groups.append(GroupPlan(make_spec(model="n"), 0 if scales is scaling else 1, 0, 2))
+        least = 0 if scales is scaling else 1  # the other policies replace what dies only up to the minimum
+        groups.append(GroupPlan(make_spec(model="n"), least, least, 2))
     return {
         "groups": groups,
         "scaling": scales,
@@ -162,11 +194,12 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             ),
             preemption="swap" if dram and draw(st.booleans()) else "recompute",
         ),
-        "tiers": draw(st.sampled_from([lambda: tier_links(1e9, 1e8), lambda: tier_links(1e7, 1e6, 0.001)])),
+        "host": draw(hosts()),
+        "hosts": draw(st.sampled_from([None, None, Hosts(5)])),  # at least what the run starts with
+        "load": draw(st.sampled_from(LOADS)),
         "acceptance": 0.6,
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
-        "link": draw(st.sampled_from([lambda: Link(1e9, 0.0, 0.0), lambda: Link(1e7, 0.001, 0.0005)])),
         "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),
         "report_period_s": draw(st.sampled_from([0.02, 0.1, 1.0])),
         "delays": draw(st.builds(Delays, delayed, delayed, st.sampled_from([0.0, 0.0001, 0.01]), delayed)),

@@ -15,10 +15,11 @@ from cluster.vocabulary import ExecutorSpec, Role
 from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
-from sim.cluster import Node, SimCluster
+from sim.cluster import SimCluster
 from sim.latency import Constant, Fitted
-from sim.link import Link
+from sim.node import Node
 from sim.profile import alone, contention_of, fit
+from sim.topology import HostShape, Wire
 
 ENGINE = EngineConfig(kv_blocks=100, max_sequences=8)
 
@@ -58,7 +59,7 @@ def test_two_busy_executors_take_longer_each() -> None:
     """A step that starts while another executor computes takes the stated share longer; alone it does not."""
     times = {}
     for contention in (0.0, 0.5):
-        node = Node(ENGINE, lambda: Constant(0.01), [], 1000, 1, lambda: Link(1e9, 0.0, 0.0), contention)
+        node = Node(ENGINE, lambda: Constant(0.01), [], 1000, 1, HostShape(Wire(1e9)), contention)
         for executors in (1, 2):
             recorder = Recorder()
             groups = (GroupPlan(ExecutorSpec("m", Role.COLOCATED), executors, executors, executors),)

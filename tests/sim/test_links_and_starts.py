@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,49 +9,14 @@ from cluster import events as ev
 from cluster.manager import GroupPlan
 from cluster.vocabulary import Outcome, Stage, to_ns
 from flowserve.core.config import EngineConfig
-from flowserve.core.transfer import contiguous_runs
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Delays, Failure
 from sim.coldstart import ColdStart
 from sim.latency import Constant
-from sim.link import Link
+from sim.node import Delays, Failure
+from sim.topology import Wire
 from tests.builders import Run, disaggregated, make_arrival, make_spec, run_sim
 
 CALL_S = 0.0005
-
-
-# -- links ----------------------------------------------------------------------------------------------------------
-
-
-@given(blocks=st.permutations(range(8)), source=st.permutations(range(20, 28)), pieces=st.sampled_from([1, 2, 64]))
-def test_each_further_run_costs_one_call_per_piece(blocks: list[int], source: list[int], pieces: int) -> None:
-    """However the blocks lie, the hand-over is later than that of one run by the calls of the further runs."""
-    runs = len(contiguous_runs(source, blocks))
-    whole = Link(1e6, 0.002, CALL_S).transfer(100, 8000, pieces)
-    assert whole == 100 + pieces * to_ns(CALL_S) + to_ns(0.008) + to_ns(0.002)
-    assert Link(1e6, 0.002, CALL_S).transfer(100, 8000, runs * pieces) - whole == (runs - 1) * pieces * to_ns(CALL_S)
-
-
-@given(
-    asked=st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**4), st.integers(1, 64)), min_size=1, max_size=20)
-)
-def test_a_link_serves_in_order(asked: list[tuple[int, int, int]]) -> None:
-    """Transfers leave one after the other, idle time is not saved up, and the latency comes on top of each."""
-    link, now, free = Link(1e6, 0.002, CALL_S), 0, 0
-    for later, num_bytes, segments in asked:
-        now += later
-        free = max(now, free) + segments * to_ns(CALL_S) + num_bytes * 1000
-        assert link.transfer(now, num_bytes, segments) == free + to_ns(0.002)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [((0.0, 0.0, 0.0), r"0\.0 bytes/s"), ((1.0, -2.0, 0.0), r"latency -2\.0 s"), ((1.0, 0.0, -3.0), r"overhead -3\.0")],
-)
-def test_bad_link_values_are_named(arguments: tuple[float, float, float], said: str) -> None:
-    """Each value out of range is in the message."""
-    with pytest.raises(ValueError, match=said):
-        Link(*arguments)
 
 
 def second_gap(pieces: int = 1, call_s: float = CALL_S, bytes_per_s: float = 1e6) -> int:
@@ -60,7 +24,7 @@ def second_gap(pieces: int = 1, call_s: float = CALL_S, bytes_per_s: float = 1e6
     run = run_sim(
         [make_arrival(0, prompt=64, output=4)],
         groups=disaggregated(),
-        link=lambda: Link(bytes_per_s, 0.0, call_s),
+        wire=Wire(bytes_per_s, 0.0, call_s),
         kv_segments=pieces,
         kv_bytes_per_token=1000,
     )
@@ -81,7 +45,7 @@ def test_the_gap_behind_the_first_token_moves_by_what_changed() -> None:
 
 def test_every_start_goes_through_its_stages() -> None:
     """Executors launched in mid-run and after a failure: every stage in order, each as late as it takes, then ready."""
-    stages = ColdStart(0.1, 0.2, 0.05, 1e9, 0.3, 0.4).stages(250_000_000)
+    stages = ColdStart(0.1, 0.2, 0.05, 0.3, 0.4).stages()
     run = run_sim(
         [make_arrival(number, at_s=0.05 * number, output=40) for number in range(80)],
         groups=[GroupPlan(make_spec(), 1, 1, 4)],
@@ -108,7 +72,7 @@ def test_every_start_goes_through_its_stages() -> None:
 
 def test_start_stages_of_a_recipe_are_all_five() -> None:
     """A recipe without times still has every stage, so that tables of start-ups have no holes."""
-    assert ColdStart().stages(10**9) == [(stage, 0) for stage in Stage]
+    assert ColdStart().stages() == [(stage, 0) for stage in Stage]
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------------
@@ -121,7 +85,7 @@ def eventful(failures: list[Failure], delays: Delays, seed: int = 0) -> Run:
         groups=disaggregated(2, 2, 1),
         engine=EngineConfig(kv_blocks=40, token_budget=64, max_sequences=4),
         latency=lambda: Constant(0.004, 0.0001),
-        link=lambda: Link(1e7, 0.001, CALL_S),
+        wire=Wire(1e7, 0.001, CALL_S),
         stages=[(Stage.TE_LOAD, to_ns(0.1))],
         num_job_executors=2,
         report_period_s=0.05,

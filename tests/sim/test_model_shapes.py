@@ -7,7 +7,7 @@ import pytest
 
 from cluster.latency import StepShape
 from experiments import build, compose
-from sim.hardware import Hardware, kv_blocks
+from sim.hardware import Hardware, activation_bytes, kv_blocks
 from sim.model_shape import ModelShape
 from sim.roofline import Roofline
 
@@ -92,7 +92,8 @@ def test_split_matrices_copy_what_cannot_be_split(npu: Hardware) -> None:
     copied = (latent.dense_parameters + latent.embeddings) * 15
     assert latent.weight_bytes_on(16) == latent.weight_bytes + copied
     left = 32 * npu.hbm_bytes * npu.usable_hbm - latent.weight_bytes_on(32)
-    assert kv_blocks(npu, latent, 32, 128) == int(left // (128 * latent.kv_bytes_per_token))
+    left -= 32 * activation_bytes(latent, 32, 8192, 96)
+    assert kv_blocks(npu, latent, 32, 128, 8192, 96) == int(left // (128 * latent.kv_bytes_per_token))
 
 
 def test_spread_experts_pay_for_sending(npu: Hardware) -> None:

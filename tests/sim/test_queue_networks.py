@@ -34,9 +34,10 @@ from cluster.work import WORK, AnyArrival
 from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
-from sim.cluster import Node, SimCluster, WorkNode
+from sim.cluster import SimCluster
 from sim.latency import Constant, Fitted
-from sim.link import Link
+from sim.node import Node, WorkNode
+from sim.topology import HostShape, Wire
 from tests.builders import disaggregated, make_agent, make_request, no_stages, simple_times, workers
 
 QUANTUM_S = 0.001
@@ -74,7 +75,7 @@ def simulate(workload: Sequence[AnyArrival], station: Station) -> tuple[Recorder
         stages=no_stages(),
         kv_bytes_per_token=1,
         kv_segments=1,
-        link=lambda: Link(1e9, 0.0, 0.0),
+        host=HostShape(Wire(1e9)),
     )
     worker = WorkNode(station.slots, simple_times)
     work = WorkJobExecutor(("je-0",))

@@ -22,9 +22,10 @@ from cluster.vocabulary import Outcome, to_ns
 from flowserve.core.config import EngineConfig
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
-from sim.cluster import Node, SimCluster
+from sim.cluster import SimCluster
 from sim.latency import Constant
-from sim.link import Link
+from sim.node import Node
+from sim.topology import HostShape, Wire
 from tests.builders import make_request, make_spec, no_stages
 
 REQUESTS, BATCHES = 30_000, 30
@@ -41,7 +42,7 @@ def simulated_waits(gaps_s: Floats, prompts: npt.NDArray[np.int64], servers: int
         stages=no_stages(),
         kv_bytes_per_token=1,
         kv_segments=1,
-        link=lambda: Link(1e9, 0.0, 0.0),
+        host=HostShape(Wire(1e9)),
     )
     workload = (
         Arrival(make_request(number, prompt, 1), Answer(1), at)

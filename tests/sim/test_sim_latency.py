@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.latency import LatencyModel, StepShape
-from sim.hardware import Hardware, kv_blocks
+from sim.hardware import Hardware, activation_bytes, kv_blocks
 from sim.latency import Constant, Fitted
 from sim.model_shape import ModelShape
 from sim.roofline import Roofline
@@ -137,12 +137,14 @@ def test_impossible_mixtures_are_refused(change: dict[str, int], message: str) -
 
 
 def test_kv_blocks_fill_what_the_weights_leave() -> None:
-    """Usable HBM minus weights over bytes per block; a model that does not fit is refused with its size."""
-    left = 64e9 * 0.9 * 2 - MODEL.weight_bytes
-    assert kv_blocks(NPU, MODEL, 2, 16) == int(left // (16 * MODEL.kv_bytes_per_token))
+    """Usable HBM minus weights and activations over bytes per block; what does not fit is refused with its size."""
+    left = 64e9 * 0.9 * 2 - MODEL.weight_bytes - 2 * activation_bytes(MODEL, 2, 512, 64)
+    assert kv_blocks(NPU, MODEL, 2, 16, 512, 64) == int(left // (16 * MODEL.kv_bytes_per_token))
     huge = ModelShape("huge", 80, 8192, 64, 8, 128, 28672, 128256)
-    with pytest.raises(ValueError, match=r"model huge does not fit 2 x npu: its weights take 141\.\d GB of 115\.2 GB"):
-        kv_blocks(NPU, huge, 2, 16)
+    with pytest.raises(
+        ValueError, match=r"model huge does not fit 2 x npu: its weights take 141\.\d GB and the act.* of 115\.2 GB"
+    ):
+        kv_blocks(NPU, huge, 2, 16, 512, 64)
 
 
 def test_a_small_decode_reads_all_weights() -> None:

@@ -11,8 +11,8 @@ from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
 from sim.cluster import SimCluster
 from sim.latency import Constant
-from sim.link import Link, TierLinks
-from tests.builders import Run, chain, make_arrival, run_sim, tier_links
+from sim.topology import Wire
+from tests.builders import TIERS, Run, chain, make_arrival, run_sim, tier_wires
 
 DOCUMENTS, ROUNDS = 6, 3
 DOC_BLOCKS = 16
@@ -28,14 +28,14 @@ def documents() -> list[Arrival]:
     return arrivals
 
 
-def serve(tiers: TierConfig, links: TierLinks | None = None, kv_blocks: int = 40, **more: object) -> Run:
+def serve(tiers: TierConfig, links: tuple[Wire, Wire] = TIERS, kv_blocks: int = 40, **more: object) -> Run:
     """HBM for two documents; computing a token takes a millisecond."""
     engine = EngineConfig(kv_blocks, token_budget=512, max_sequences=8, tiers=tiers)
     return run_sim(
         documents(),
         engine=engine,
         latency=lambda: Constant(0.001, 0.001),
-        tiers=lambda: links or tier_links(1e9, 1e8),
+        tiers=links,
         **more,  # type: ignore[arg-type]
     )
 
@@ -66,7 +66,7 @@ def test_the_disk_takes_what_dram_cannot_hold() -> None:
     """With DRAM for one document the rest comes from SSD, more slowly, and still faster than computing."""
     dram = serve(TierConfig(dram_blocks=200, swap_low=0.5, swap_high=0.6))
     tiers = TierConfig(dram_blocks=20, ssd_blocks=200, swap_low=0.5, swap_high=0.6)
-    disk = serve(tiers, tier_links(1e9, 1e7, 0.001))
+    disk = serve(tiers, tier_wires(1e9, 1e7, 0.001))
     assert cached(disk, "cached_tokens") == [DOC_BLOCKS * 16] * DOCUMENTS
     assert sum(cached(disk, "ssd_tokens")) > sum(cached(disk, "dram_tokens"))
     last = range(DOCUMENTS * (ROUNDS - 1), DOCUMENTS * ROUNDS)
@@ -75,11 +75,11 @@ def test_the_disk_takes_what_dram_cannot_hold() -> None:
 
 def test_moves_take_as_long_as_the_link_says() -> None:
     """TTFT of a fetched prompt: latency, overhead per segment, bytes; then a step for what is left."""
-    one = serve(TierConfig(dram_blocks=200, swap_low=1.0, swap_high=1.0, fetch="always"), tier_links(1e7, 1e8, 0.01))
+    one = serve(TierConfig(dram_blocks=200, swap_low=1.0, swap_high=1.0, fetch="always"), tier_wires(1e7, 1e8, 0.01))
     for number in range(DOCUMENTS, 2 * DOCUMENTS):
         copied = 0.01 + DOC_BLOCKS * 16 * 1000 / 1e7
         assert ttft(one, number) == pytest.approx(copied + 0.001 + 0.010)
-    calls = TierLinks(lambda: Link(1e7, 0.01, 0.002), lambda: Link(1e8, 0.0, 0.0))
+    calls = Wire(1e7, 0.01, 0.002), Wire(1e8)
     tiers = TierConfig(dram_blocks=200, swap_low=1.0, swap_high=1.0, fetch="always")
     assert ttft(serve(tiers, calls), DOCUMENTS) == pytest.approx(ttft(one, DOCUMENTS) + 0.002)
 
@@ -88,7 +88,7 @@ def test_moves_take_as_long_as_the_link_says() -> None:
 def test_a_slow_link_is_used_only_by_those_who_insist(fetch: str, fetches: bool) -> None:
     """At a tenth of a megabyte per second a document is computed sooner than fetched, and the cost model knows."""
     tiers = TierConfig(dram_blocks=200, swap_low=0.5, swap_high=0.6, fetch=fetch)  # type: ignore[arg-type]
-    run = serve(tiers, tier_links(1e5, 1e5))
+    run = serve(tiers, tier_wires(1e5, 1e5))
     assert any(cached(run, "dram_tokens")) == fetches
     assert (ttft(run, DOCUMENTS * ROUNDS - 1) > 1) == fetches
 
@@ -106,7 +106,7 @@ def test_a_fetch_delays_no_step_of_others() -> None:
             arrivals,
             engine=EngineConfig(100, token_budget=512, max_sequences=8, tiers=tiers),
             latency=lambda: Constant(0.01),
-            tiers=lambda: tier_links(1e5, 1e5),
+            tiers=tier_wires(1e5, 1e5),
         )
         rows = run.rows
         assert all(row["outcome"] == "finished" for row in rows.values())

@@ -10,9 +10,10 @@ from cluster.vocabulary import Outcome, to_ns
 from flowserve.core.allocator import AllocatorKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import contiguous_runs
-from sim.cluster import Delays
 from sim.latency import Constant
-from sim.link import Link
+from sim.network import Network, Path
+from sim.node import Delays
+from sim.topology import Wire
 from tests.builders import Run, disaggregated, make_arrival, run_sim
 
 STEP_S = 0.01
@@ -21,17 +22,27 @@ LONG = 2
 KINDS: tuple[AllocatorKind, ...] = ("segment", "stack")
 
 
-class Watched(Link):
-    """A link that notes what moves over it: (asked for at, bytes, segments, done at)."""
+def watched(log: list[tuple[int, int, int, int]]) -> Callable[..., None]:
+    """In place of `Network.start`: notes what moves: (asked for at, bytes, calls, done at)."""
+    start = Network.start
 
-    def __init__(self, log: list[tuple[int, int, int, int]], *arguments: float) -> None:
-        super().__init__(*arguments)
-        self._log = log
+    def noted(
+        network: Network,
+        path: Path,
+        num_bytes: int,
+        calls: int,
+        on_end: Callable[[bool], None],
+        parties: tuple[str, ...] = (),
+    ) -> None:
+        asked = int(network._env.now)
 
-    def transfer(self, now: int, num_bytes: int, segments: int) -> int:
-        done = super().transfer(now, num_bytes, segments)
-        self._log.append((now, num_bytes, segments, done))
-        return done
+        def end(success: bool) -> None:
+            log.append((asked, num_bytes, calls, int(network._env.now)))
+            on_end(success)
+
+        start(network, path, num_bytes, calls, end, parties)
+
+    return noted
 
 
 def prefill_and_decode(
@@ -44,16 +55,18 @@ def prefill_and_decode(
     kv_blocks: int = 100,
 ) -> tuple[Run, list[tuple[int, int, int, int]]]:
     log: list[tuple[int, int, int, int]] = []
-    run = run_sim(
-        workload,
-        groups=disaggregated(),
-        engine=EngineConfig(kv_blocks, 16, 512, 8, prefix_cache=prefix_cache, allocator=allocator),
-        latency=lambda: Constant(STEP_S),
-        link=lambda: Watched(log, *link),
-        kv_bytes_per_token=BYTES_PER_TOKEN,
-        kv_segments=segments,
-        delays=Delays(peer_s=peer_s),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Network, "start", watched(log))
+        run = run_sim(
+            workload,
+            groups=disaggregated(),
+            engine=EngineConfig(kv_blocks, 16, 512, 8, prefix_cache=prefix_cache, allocator=allocator),
+            latency=lambda: Constant(STEP_S),
+            wire=Wire(*link),
+            kv_bytes_per_token=BYTES_PER_TOKEN,
+            kv_segments=segments,
+            delays=Delays(peer_s=peer_s),
+        )
     assert {row["outcome"] for row in run.rows.values()} == {Outcome.FINISHED}
     return run, log
 
@@ -70,7 +83,7 @@ def alone() -> list[Arrival]:
 
 def fragmented() -> list[Arrival]:
     """Two short requests come first and leave their blocks in an order in which a stack cuts the long one in two."""
-    return [make_arrival(number, prompt=32, output=2) for number in range(2)] + [
+    return [make_arrival(number, prompt=32, output=2 + number) for number in range(2)] + [
         make_arrival(LONG, at_s=1.0, prompt=64, output=5)
     ]
 
@@ -125,14 +138,12 @@ def test_layers_multiply_the_calls() -> None:
         assert log[-1][2] == runs * 64
 
 
-def test_transfers_from_one_executor_queue_up() -> None:
-    """Two at once share the way out: the second begins when the first has left; the latency is not shared."""
+def test_transfers_from_one_executor_share_the_way_out() -> None:
+    """Two at once get half of the wire each, so that each uses the gaps between the calls of the other."""
     _, log = prefill_and_decode([make_arrival(n, prompt=32, output=3) for n in range(2)], (1e6, 0.004, 0.001))
-    busy = to_ns(0.001 + 32 * BYTES_PER_TOKEN / 1e6)
     (first, *_, first_done), (second, *_, second_done) = log
     assert first == second
-    assert first_done == first + busy + to_ns(0.004)
-    assert second_done == first_done + busy
+    assert first_done == second_done == first + to_ns(2 * 32 * BYTES_PER_TOKEN / 1e6 + 0.004)
 
 
 def test_messages_between_executors_take_their_time() -> None:
@@ -165,12 +176,14 @@ def test_the_simulated_runs_are_those_of_the_block_tables(workload: Callable[[],
                 source, target = tables[sequence.task.request.request_id]
                 target[:] = sequence.blocks[: len(source)]
 
-    run_sim(
-        workload(),
-        groups=disaggregated(),
-        engine=EngineConfig(100, 16, 512, 8, prefix_cache=False, allocator="stack"),
-        link=lambda: Watched(log, 1e6, 0.0, 0.0),
-        report_period_s=0.001,
-        watch=watch,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Network, "start", watched(log))
+        run_sim(
+            workload(),
+            groups=disaggregated(),
+            engine=EngineConfig(100, 16, 512, 8, prefix_cache=False, allocator="stack"),
+            wire=Wire(1e6),
+            report_period_s=0.001,
+            watch=watch,
+        )
     assert log[-1][2] == len(contiguous_runs(*tables[LONG]))

@@ -21,8 +21,9 @@ from flowserve.core.tiers import TierConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
-from sim.cluster import Failure, SimCluster
-from sim.link import Link
+from sim.cluster import SimCluster
+from sim.node import Failure
+from sim.topology import Wire
 from tests.builders import (
     disaggregated,
     make_agent,
@@ -30,7 +31,7 @@ from tests.builders import (
     make_request,
     make_tuning,
     run_sim,
-    tier_links,
+    tier_wires,
     workers,
 )
 from tests.sim import test_coalesced as coalesced
@@ -107,7 +108,7 @@ def test_a_resumed_run_is_the_run_it_was(workload: list[Arrival], arguments: dic
     check(workload, arguments, lambda control, cluster, events: events == at)
 
 
-SLOW = {"groups": disaggregated(2, 1), "link": lambda: Link(1e6, 0.01, 0.0), "stages": [(Stage.TE_LOAD, 10_000_000)]}
+SLOW = {"groups": disaggregated(2, 1), "wire": Wire(1e6, 0.01), "stages": [(Stage.TE_LOAD, 10_000_000)]}
 MANY = [make_arrival(number, at_s=0.03 * number, prompt=90, output=40) for number in range(30)]
 
 
@@ -160,7 +161,7 @@ def test_in_the_middle_of_a_copy_between_tiers() -> None:
     ]
     arguments = {
         "engine": EngineConfig(kv_blocks=20, max_sequences=2, tiers=TierConfig(dram_blocks=60, fetch="always")),
-        "tiers": lambda: tier_links(1e6, 1e6),
+        "tiers": tier_wires(1e6, 1e6),
     }
 
     def on_their_way(control: ControlPlane, cluster: SimCluster, events: int) -> bool:

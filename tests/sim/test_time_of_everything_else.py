@@ -9,8 +9,8 @@ from cluster.request import Arrival
 from cluster.vocabulary import to_ns
 from flowserve.core.config import EngineConfig
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Delays
 from sim.latency import Constant
+from sim.node import Delays
 from sim.tokenizers import Tokenizers
 from tests.builders import Run, make_arrival, make_spec, run_sim
 

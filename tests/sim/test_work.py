@@ -17,8 +17,8 @@ from cluster.vocabulary import NS_PER_S, ExecutorSpec, FailureReason, Role, Stag
 from cluster.work import FIRST_CALL, Agent, Call, Truth, WorkArrival, WorkRequest
 from flowserve.core.config import EngineConfig
 from policies.scaling.target_utilisation import TargetUtilisation
-from sim.cluster import Delays, Failure
 from sim.latency import Constant
+from sim.node import Delays, Failure
 from tests.builders import (
     MODEL,
     Run,

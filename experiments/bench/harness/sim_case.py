@@ -28,9 +28,10 @@ from policies.dispatch.deepflow import DeepFlow
 from policies.dispatch.heat_map import HeatMap
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
-from sim.cluster import Node, SimCluster
+from sim.cluster import SimCluster
 from sim.latency import Fitted
-from sim.link import Link
+from sim.node import Node
+from sim.topology import HostShape, Wire
 from traces.catalog import resolve
 
 TRACE = "azure2023_conv"
@@ -119,7 +120,7 @@ def simulate(requests: int, case: Case) -> Measured:
         stages=(),
         kv_bytes_per_token=KV_BYTES_PER_TOKEN,
         kv_segments=64,
-        link=lambda: Link(25e9, 2e-5, 0.0),
+        host=HostShape(Wire(25e9, 2e-5)),
     )
     plans = tuple(GroupPlan(ExecutorSpec(MODEL, role), count, count, count) for role, count in case.groups)
     recorder = Recorder()
