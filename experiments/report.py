@@ -39,6 +39,7 @@ from experiments.tables import (
     count,
     duration,
     error_text,
+    job_lines,
     round_duration,
     share,
     three_digits,
@@ -119,6 +120,7 @@ def write_report(
         *(_section(each.title, _texts(each), _text(each.lead)) for each in tables),
         _main_metrics(loaded),
         _models(loaded),
+        _jobs(loaded),
         _differences(loaded),
         _errors([row for row in comparison if row.reference is not None]),
         _attainment(loaded),
@@ -346,6 +348,12 @@ def _models(runs: Sequence[Run]) -> str:
     head = ["Model", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
     head = ["Run", *head] if len(runs) > 1 else head
     return _section("By model", _table(head, body) if body else "", "The most asked for first.")
+
+
+def _jobs(runs: Sequence[Run]) -> str:
+    """Jobs other than serving, where there were any."""
+    rows = [(_named(run, runs), _text(line)) for run in runs for line in job_lines(run.summary.metrics)]
+    return _section("Jobs other than serving", _table(("run", "jobs"), rows)) if rows else ""
 
 
 def _tiles(run: Run) -> str:

@@ -47,6 +47,11 @@ class Hardware(msgspec.Struct, frozen=True):
     the engine that fetches from computing (on a CPU it copies by itself; NPUs do not: 0). `host_step_s`: what the
     host needs for a step; the device waits for it unless plans are in flight (`engine.max_in_flight` above 1). Step
     times of a profile contain it.
+
+    `efficiency_training`: share of `flops` that training steps reach in compute (model FLOPs utilisation); assumed
+    where the YAML does not say: published runs on GPUs and NPUs reach 0.38 to 0.52. `preprocess_tokens_per_s`: what
+    one slot of a CPU worker tokenises; derived: 6.5 MB of English in 1.80 s with Llama 3's tokenizer on one Xeon core
+    (Hugging Face tokenizers, pull request 1967), at 4.3 bytes per token.
     """
 
     name: str
@@ -87,6 +92,8 @@ class Hardware(msgspec.Struct, frozen=True):
     contention: float | Contention = 0.0
     host_step_s: float = 0.0
     kv_host_s: float = 0.0
+    efficiency_training: float = 0.4
+    preprocess_tokens_per_s: float = 0.84e6
 
     def __post_init__(self) -> None:
         for field in ("price_per_hour", "busy_w", "idle_w"):

@@ -7,6 +7,7 @@ import msgspec
 from cluster.acceptance import Acceptance
 from cluster.latency import LatencyModel
 from cluster.vocabulary import Stage
+from cluster.work import OperationTime
 from flowserve.core.config import EngineConfig
 from sim.coldstart import Load
 from sim.contention import Contention
@@ -67,6 +68,31 @@ class Node(msgspec.Struct, frozen=True):
     @property
     def block_bytes(self) -> int:
         return self.engine.block_tokens * self.kv_bytes_per_token
+
+    @property
+    def dram_bytes(self) -> int:
+        """Of its cache's tier in host memory."""
+        return self.engine.tiers.dram_blocks * self.block_bytes
+
+
+class WorkNode(msgspec.Struct, frozen=True):
+    """What stands behind one kind of worker: how many tasks run side by side, how long each takes, start-up stages.
+
+    `host`: where its NPUs are; None for workers on CPUs, which sit elsewhere.
+    """
+
+    slots: int
+    time: OperationTime
+    stages: Sequence[tuple[Stage, int]] = ()
+    host: HostShape | None = None
+
+    @property
+    def load(self) -> None:
+        """No weights are moved at its start: every training task restores what it needs."""
+
+    @property
+    def dram_bytes(self) -> int:
+        return 0
 
 
 class Failure(msgspec.Struct, frozen=True):
