@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 from omegaconf import DictConfig
 
+from cluster.request import Arrival
 from cluster.vocabulary import NS_PER_S, to_ns
 from experiments import build
 from experiments.bystanders import DISTURBING, Bystanders, await_idle
@@ -321,7 +322,8 @@ class Matrix:
 
     def _lockstep(self, overrides: list[str], folder: Path) -> Schedule:
         cfg = self._compose(overrides)
-        answers = {arrival.request.request_id: arrival.answer for arrival in build.workload(cfg).arrivals}
+        arrivals = [arrival for arrival in build.workload(cfg).arrivals if isinstance(arrival, Arrival)]
+        answers = {arrival.request.request_id: arrival.answer for arrival in arrivals}
         specs = [group.spec for group in build.groups(cfg) for _ in range(group.initial)]
         found = Schedule(None, 0, 0, 0, 0)
         for number, spec in enumerate(specs):
