@@ -64,7 +64,7 @@ class RequestTable:
             low, high = arrival.min() + window.warmup_s * NS_PER_S, arrival.max() - window.cooldown_s * NS_PER_S
             keep = (arrival >= low) & (arrival <= high)
         self.columns = {name: column[keep] for name, column in columns.items()}
-        self._keep, self._gaps, self._gap_counts = keep, recorder.gaps, recorder.gap_counts
+        self._keep, self._gap_part, self._gap_counts = keep, recorder.gap_part, recorder.gap_counts
         self.outcome = np.array(recorder.outcomes, dtype=object)[keep]
         self.model = np.array(recorder.models, dtype=object)[keep]
 
@@ -87,7 +87,7 @@ class RequestTable:
         while start < len(ends):
             first = int(ends[start - 1]) if start else 0
             end = max(start + 1, int(np.searchsorted(ends, first + AT_ONCE, side="right")))
-            part = self._gaps[first : int(ends[end - 1])]
+            part = self._gap_part(first, int(ends[end - 1]))
             keep = self._keep[start:end]
             yield part if keep.all() else part[np.repeat(keep, self._gap_counts[start:end])]
             start = end

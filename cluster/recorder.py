@@ -207,6 +207,11 @@ class Recorder:
         self._find_gaps()
         return self._gaps.array()
 
+    def gap_part(self, start: int, end: int) -> Ints:
+        """Some of `gaps`, from place `start` up to `end`."""
+        self._find_gaps()
+        return self._gaps.part(start, end)
+
     @property
     def loads(self) -> Loads:
         """Load reports, in the order they arrived."""

@@ -1,5 +1,6 @@
 """Append-only columns of integers: in memory, or, of a long run, mostly in a file that whoever records has opened."""
 
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO
@@ -48,13 +49,27 @@ class Spool:
 
     def array(self) -> Ints:
         """All of them. What is in the file is mapped, not read."""
-        if self._file is None:
+        file = self._complete()
+        if file is None:
             return np.frombuffer(self._kept.tobytes(), np.int64)
-        if len(self._kept):
-            assert self._open_file is not None
-            self._write(self._open_file)
-        self._file.flush()
-        return np.memmap(self._file, np.int64, "r", shape=(self._written,))
+        return np.memmap(file, np.int64, "r", shape=(self._written,))
+
+    def part(self, start: int, end: int) -> Ints:
+        """Those from place `start` up to `end`, read: nothing of the file stays in memory behind them."""
+        file = self._complete()
+        if file is None:
+            return np.frombuffer(self._kept[start:end].tobytes(), np.int64)
+        size = self._kept.itemsize
+        return np.frombuffer(os.pread(file.fileno(), (end - start) * size, start * size), np.int64)
+
+    def _complete(self) -> IO[bytes] | None:
+        """The file with all of them, where there is one."""
+        if self._file is not None:
+            if len(self._kept):
+                assert self._open_file is not None
+                self._write(self._open_file)
+            self._file.flush()
+        return self._file
 
 
 def order_statistics(parts: Callable[[], Iterator[Ints]], count: int, ranks: Sequence[int]) -> list[int]:

@@ -30,6 +30,8 @@ def test_a_spool_gives_back_what_it_was_given(parts: list[list[int]], kept: int)
                     spool.extend(part)
                 assert len(spool) == len(everything)
                 assert spool.array().tolist() == everything
+                middle = len(everything) // 2
+                assert spool.part(0, middle).tolist() + spool.part(middle, len(everything)).tolist() == everything
 
 
 @given(
