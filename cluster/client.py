@@ -7,7 +7,7 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import dropwhile
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -89,9 +89,14 @@ class Client:
     def _has_read(self, arrival: Arrival) -> bool:
         return arrival.request.request_id <= self._last_id
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the workload, see `resume`."""
-        return {**self.__dict__, "_workload": iter(())}
+    def take_workload(self) -> Iterator[Arrival]:
+        """What is still to be read, until `give_workload`."""
+        workload, self._workload = self._workload, iter(())
+        return workload
+
+    def give_workload(self, workload: Iterator[Arrival]) -> None:
+        """Undo `take_workload`."""
+        self._workload = workload
 
     @property
     def start_ns(self) -> int:

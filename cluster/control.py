@@ -1,7 +1,7 @@
 """The control plane of one run: the actors, who hears what, and the log that lets a run be replayed bit for bit."""
 
 from collections.abc import Sequence
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import IO, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -13,6 +13,8 @@ from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager
 from cluster.recorder import Recorder
 from cluster.seam import Cluster
+
+_encode = msgspec.json.Encoder().encode
 
 C = TypeVar("C", bound=ClientActor)
 
@@ -29,7 +31,10 @@ class Actor(Protocol):
 
 
 class ControlPlane(Generic[C]):
-    """Client, job executors and cluster manager; the same objects whichever cluster they drive."""
+    """Client, job executors and cluster manager; the same objects whichever cluster they drive.
+
+    `log`: the decision log, open.
+    """
 
     def __init__(
         self,
@@ -44,24 +49,16 @@ class ControlPlane(Generic[C]):
         self.recorder = recorder
         actors: list[Actor] = [client, *job_executors, manager]
         self._actors = {actor.name: actor for actor in actors}
-        self._log: IO[bytes] | None = None
-        self._encode = msgspec.json.Encoder().encode
+        self.log: IO[bytes] | None = None
         self._sequence = 0
 
     def log_to(self, log: IO[bytes]) -> None:
         """Write every decision from here on as a line of JSON, behind a header line with the schema where it is the
         first.
         """
-        self._log = log
+        self.log = log
         if not self._sequence:
-            log.write(self._encode(LogHeader()) + b"\n")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the log, which whoever goes on from here opens anew."""
-        return {**self.__dict__, "_log": None, "_encode": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_encode": msgspec.json.Encoder().encode}
+            log.write(_encode(LogHeader()) + b"\n")
 
     def on_event(self, event: Event) -> list[Action]:
         """Let the addressed actor decide. A first token is heard by the client too: it sees its answer begin."""
@@ -69,8 +66,8 @@ class ControlPlane(Generic[C]):
         if type(event) is FirstToken:
             actions = [*actions, *self.client.on_event(event)]
         self.recorder.record(event, actions, self.client)
-        if self._log is not None:
-            self._log.write(self._encode(Decision(self._sequence, event, actions)) + b"\n")
+        if self.log is not None:
+            self.log.write(_encode(Decision(self._sequence, event, actions)) + b"\n")
             self._sequence += 1
         return actions
 

@@ -45,7 +45,7 @@ def costs(
             energy += (busy * rates.busy_w + (held - busy) * rates.idle_w) / 1000
         rent += unknown if rates.price_per_hour is None else held * rates.price_per_hour
     cost = rent + (energy * electricity_per_kwh if electricity_per_kwh else 0.0)
-    millions = sum(recorder.requests["output_tokens"]) / 1e6
+    millions = int(recorder.requests["output_tokens"].sum()) / 1e6
     return {
         "npu_hours": npu_hours,
         "busy_share": busy_hours / npu_hours if npu_hours else unknown,

@@ -13,13 +13,14 @@ last (but `npu_seconds`, which is of the whole run). Times of a request are take
 is how late the client was in sending.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cluster.recorder import NONE, Recorder
+from cluster.spool import AT_ONCE, Ints, order_statistics
 from cluster.vocabulary import NS_PER_S, Outcome
 
 Floats = npt.NDArray[np.float64]
@@ -56,8 +57,7 @@ class RequestTable:
     """Records of the measured window as columns in seconds, NaN where a request never got that far."""
 
     def __init__(self, recorder: Recorder, window: Window) -> None:
-        columns = {name: np.frombuffer(column, np.int64) for name, column in recorder.requests.items() if len(column)}
-        columns = columns or {name: np.zeros(0, np.int64) for name in recorder.REQUEST_COLUMNS}
+        columns = recorder.requests
         arrival = columns["arrival_ns"]
         keep = np.ones(len(arrival), bool)
         if len(arrival):
@@ -65,8 +65,8 @@ class RequestTable:
             keep = (arrival >= low) & (arrival <= high)
         self.columns = {name: column[keep] for name, column in columns.items()}
         self._keep, self._gaps, self._gap_counts = keep, recorder.gaps, recorder.gap_counts
-        self.outcome = np.array(recorder.outcomes, dtype=object)[keep] if len(keep) else np.zeros(0, object)
-        self.model = np.array(recorder.models, dtype=object)[keep] if len(keep) else np.zeros(0, object)
+        self.outcome = np.array(recorder.outcomes, dtype=object)[keep]
+        self.model = np.array(recorder.models, dtype=object)[keep]
 
     def __len__(self) -> int:
         return len(self.outcome)
@@ -77,11 +77,28 @@ class RequestTable:
 
     @property
     def itl(self) -> Floats:
-        """Gaps between tokens: hundreds per request, so ask once."""
-        gaps = np.frombuffer(self._gaps, np.int64) if len(self._gaps) else np.zeros(0, np.int64)
-        if not self._keep.all():
-            gaps = gaps[np.repeat(self._keep, np.array(self._gap_counts, np.int64))]
-        return gaps / NS_PER_S
+        """Gaps between tokens: hundreds per request, so ask once, and of a long run only for `itl_percentiles`."""
+        return np.concatenate([np.zeros(0, np.int64), *self._gap_parts()]) / NS_PER_S
+
+    def _gap_parts(self) -> Iterator[Ints]:
+        """Gaps in ns of the requests that count, some at a time."""
+        ends = np.cumsum(self._gap_counts)
+        start = 0
+        while start < len(ends):
+            first = int(ends[start - 1]) if start else 0
+            end = max(start + 1, int(np.searchsorted(ends, first + AT_ONCE, side="right")))
+            part = self._gaps[first : int(ends[end - 1])]
+            keep = self._keep[start:end]
+            yield part if keep.all() else part[np.repeat(keep, self._gap_counts[start:end])]
+            start = end
+
+    def itl_percentiles(self, shares: Sequence[float]) -> list[float]:
+        """Percentiles of `itl`, in little memory; between two values the lower one where there are very many."""
+        count = int(self._gap_counts[self._keep].sum())
+        if count <= AT_ONCE:
+            return percentiles(self.itl, shares)
+        ranks = [int(share / 100 * (count - 1)) for share in shares]
+        return [value / NS_PER_S for value in order_statistics(self._gap_parts, count, ranks)]
 
     @property
     def ttft(self) -> Floats:
@@ -136,7 +153,7 @@ def summarise(recorder: Recorder, slo: Slo, window: Window | None = None) -> dic
             summary[f"{name}_p{share}_s"] = value
         known = values[~np.isnan(values)]
         summary[f"{name}_mean_s"] = float(known.mean()) if len(known) else float("nan")
-    summary["itl_p50_s"], summary["itl_p99_s"] = percentiles(table.itl, (50, 99))
+    summary["itl_p50_s"], summary["itl_p99_s"] = table.itl_percentiles((50, 99))
     met = table.met(slo)
     arrivals, ends = table.columns["arrival_ns"], table.columns["last_token_ns"]
     span = (max(int(arrivals.max()), int(ends.max())) - int(arrivals.min())) / NS_PER_S if len(table) else 0.0

@@ -2,13 +2,14 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
 from cluster.client import ClientActor
+from cluster.spool import Ints, OpenFile, Spool
 from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome
 
 NONE = -1
@@ -73,10 +74,57 @@ class Held(NamedTuple):
     busy_ns: int
 
 
-class Recorder:
-    """Turns events into records: per request, per load report, per step of scaling. Columns of integers."""
+class Load(NamedTuple):
+    """What one load report said, see `LoadReport`; times in ns."""
 
-    REQUEST_COLUMNS = (
+    time: int
+    occurred: int
+    executor: str
+    waiting: int
+    running: int
+    waiting_tokens: int
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    generated_tokens: int
+    preemptions: int
+    busy_ns: int
+
+
+class Loads:
+    """Load reports, in the order they arrived."""
+
+    COLUMNS: ClassVar[tuple[str, ...]] = Load._fields
+
+    def __init__(self, table: Ints, words: list[str]) -> None:
+        self._table = table
+        self._words = words
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def column(self, name: str) -> Ints:
+        """One of the numbers of all reports."""
+        return self._table[:, self.COLUMNS.index(name)]
+
+    @property
+    def executors(self) -> list[str]:
+        """Who reported."""
+        return [self._words[number] for number in self.column("executor").tolist()]
+
+    def __iter__(self) -> Iterator[Load]:
+        for time, occurred, executor, *rest in self._table.tolist():
+            yield Load(time, occurred, self._words[executor], *rest)
+
+
+class Recorder:
+    """Turns events into records: per request, per load report, per step of scaling. Columns of integers.
+
+    `ended` requests, and `finished` ones of these, so far. `open_file`: makes a file for the records of a run that is
+    too long for memory.
+    """
+
+    REQUEST_COLUMNS: ClassVar[tuple[str, ...]] = (
         "request_id",
         "arrival_ns",
         "lag_ns",
@@ -94,18 +142,18 @@ class Recorder:
         "draft_rejections",
     )
 
-    def __init__(self) -> None:
-        self._rows = array("q")
-        self._gaps = array("q")
+    WORDS: ClassVar[tuple[str, ...]] = ("outcome", "reason", "executor", "model")
+    """Behind them and the number of gaps in a row, as numbers of words."""
+
+    def __init__(self, open_file: OpenFile | None = None) -> None:
+        self._rows = Spool(open_file)
+        self._gaps = Spool(open_file)
+        self._loads = Spool(open_file)
+        self._words: dict[str, int] = {}
         self._times = array("q")  # of tokens whose gaps are not computed yet: of many requests at once that is fast
         self._no_gaps = array("q")  # places in it that begin something
-        self.outcomes: list[str] = []
-        self.reasons: list[str] = []
-        self.executors: list[str] = []
-        self.models: list[str] = []
-        self.gap_counts = array("q")
-        """How many of `gaps` are of each request."""
-        self.loads: list[ev.LoadReport] = []
+        self.ended = 0
+        self.finished = 0
         self.scaling: list[tuple[int, str, str, int]] = []
         """(time_ns, executor, what, took_ns): launches, stages, state changes."""
         self.weights_from: dict[str, str] = {}
@@ -113,26 +161,68 @@ class Recorder:
         self.end_ns = 0
         self._specs: dict[str, ExecutorSpec] = {}
         self._held: dict[str, tuple[int, int]] = {}
+        self._last_reports: dict[str, ev.LoadReport] = {}
         self._last_tokens: dict[str, int] = {}
         self._live: dict[int, _Live] = {}
 
     @property
-    def requests(self) -> dict[str, "array[int]"]:
+    def requests(self) -> dict[str, Ints]:
         """`REQUEST_COLUMNS` by name, a row per request in the order they ended."""
-        width = len(self.REQUEST_COLUMNS)
-        return {name: self._rows[place::width] for place, name in enumerate(self.REQUEST_COLUMNS)}
+        rows = self._table()
+        return {name: rows[:, place] for place, name in enumerate(self.REQUEST_COLUMNS)}
 
     @property
-    def gaps(self) -> "array[int]":
-        """Gaps between tokens in ns, request after request; `gap_counts` says how many are whose."""
+    def gap_counts(self) -> Ints:
+        """How many of `gaps` are of each request."""
+        return self._table()[:, len(self.REQUEST_COLUMNS)]
+
+    def _table(self) -> Ints:
+        return self._rows.array().reshape(-1, len(self.REQUEST_COLUMNS) + 1 + len(self.WORDS))
+
+    def words(self, name: str) -> list[str]:
+        """One of `WORDS` of all requests, in the order they ended."""
+        words = list(self._words)
+        return [words[number] for number in self._table()[:, self.WORDS.index(name) - len(self.WORDS)].tolist()]
+
+    @property
+    def outcomes(self) -> list[str]:
+        return self.words("outcome")
+
+    @property
+    def reasons(self) -> list[str]:
+        return self.words("reason")
+
+    @property
+    def executors(self) -> list[str]:
+        """That finished the first task of each request."""
+        return self.words("executor")
+
+    @property
+    def models(self) -> list[str]:
+        return self.words("model")
+
+    @property
+    def gaps(self) -> Ints:
+        """Gaps between tokens in ns, request after request."""
         self._find_gaps()
-        return self._gaps
+        return self._gaps.array()
+
+    @property
+    def loads(self) -> Loads:
+        """Load reports, in the order they arrived."""
+        return Loads(self._loads.array().reshape(-1, len(Loads.COLUMNS)), list(self._words))
+
+    def _word(self, word: str) -> int:
+        number = self._words.get(word)
+        if number is None:
+            number = self._words[word] = len(self._words)
+        return number
 
     def _find_gaps(self) -> None:
         if self._times:
             times = np.frombuffer(self._times, np.int64)
             gaps = np.delete(np.diff(times), np.frombuffer(self._no_gaps, np.int64)[1:] - 1)
-            self._gaps.frombytes(gaps.tobytes())
+            self._gaps.extend_bytes(gaps.tobytes())
             del times
             del self._times[:], self._no_gaps[:]
 
@@ -167,8 +257,25 @@ class Recorder:
             live.gap_end = NONE  # when the lost executor's last token came is not known here
 
     def _load_reported(self, event: ev.LoadReport) -> None:
-        if event.to == "cm":
-            self.loads.append(event)
+        if event.to != "cm":
+            return
+        self._last_reports[event.executor] = event
+        self._loads.extend(
+            (
+                event.time,
+                event.occurred,
+                self._word(event.executor),
+                event.waiting,
+                event.running,
+                event.waiting_tokens,
+                event.free_blocks,
+                event.cached_blocks,
+                event.total_blocks,
+                event.generated_tokens,
+                event.preemptions,
+                event.busy_ns,
+            )
+        )
 
     def _scaled(self, event: ev.StageFinished | ev.ExecutorReady | ev.ExecutorDrained | ev.RoleSwitched) -> None:
         took = 0
@@ -218,25 +325,6 @@ class Recorder:
         self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
 
     def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
-        self._rows.extend(
-            (
-                request_id,
-                live.arrival,
-                live.lag,
-                live.first,
-                live.last if outcome == Outcome.FINISHED else NONE,
-                live.prompt,
-                generated,
-                live.cached,
-                live.dram,
-                live.ssd,
-                live.preemptions,
-                live.attempts,
-                live.drafted,
-                live.accepted,
-                live.rejections,
-            )
-        )
         times, start = live.times, len(self._times)
         gaps = 0
         if times:
@@ -248,11 +336,33 @@ class Recorder:
                 gaps -= len(live.breaks)
             if len(self._times) > TIMES_AT_ONCE:
                 self._find_gaps()
-        self.gap_counts.append(gaps)
-        self.outcomes.append(str(outcome))
-        self.reasons.append(reason)
-        self.executors.append(live.started)
-        self.models.append(live.model)
+        done = outcome == Outcome.FINISHED
+        self.ended += 1
+        self.finished += done
+        self._rows.extend(
+            (
+                request_id,
+                live.arrival,
+                live.lag,
+                live.first,
+                live.last if done else NONE,
+                live.prompt,
+                generated,
+                live.cached,
+                live.dram,
+                live.ssd,
+                live.preemptions,
+                live.attempts,
+                live.drafted,
+                live.accepted,
+                live.rejections,
+                gaps,
+                self._word(outcome),
+                self._word(reason),
+                self._word(live.started),
+                self._word(live.model),
+            )
+        )
 
     def censor(self) -> None:
         """The run is over: what has not ended by now is recorded as unfinished."""
@@ -262,7 +372,7 @@ class Recorder:
 
     def held(self) -> Iterator[Held]:
         """Every executor, for how long it was paid for and how much of that it computed."""
-        reports = {load.executor: load for load in self.loads}
+        reports = self._last_reports
         for name, (launched, until) in self._held.items():
             report, end = reports.get(name), self.end_ns if until == NONE else until
             busy = 0

@@ -53,8 +53,18 @@ def is_active() -> bool:
     return bool(os.environ.get(SWITCH))
 
 
-def build() -> None:
-    """Compile: needs mypy and a C compiler, and takes a minute or two. CalledProcessError: it failed, and said why."""
+def environment(active: bool) -> dict[str, str]:
+    """Of a process that runs the compiled modules, or does not."""
+    others = {name: value for name, value in os.environ.items() if name != SWITCH}
+    return others | {SWITCH: "1"} if active else others
+
+
+def build(quiet: bool = False) -> None:
+    """Compile, unless that is done: needs mypy and a C compiler, and takes a minute or two. CalledProcessError: it
+    failed, and said why.
+    """
+    if _is_current():
+        return
     shutil.rmtree(BUILT, ignore_errors=True)
     program = (
         "import sys; from setuptools import setup; from mypyc.build import mypycify; files = sys.argv[3:]; "
@@ -62,7 +72,7 @@ def build() -> None:
         "setup(name='deepflow-compiled', packages=[], ext_modules=extensions)"
     )
     command = [sys.executable, "-c", program, "build_ext", f"--build-lib={BUILT}", *map(str, _sources(relative=True))]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL if quiet else None)
     (BUILT / "sources.sha256").write_text(_digest())
 
 
@@ -89,10 +99,14 @@ class _Finder:
         return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, str(file)))
 
 
+def _is_current() -> bool:
+    said = BUILT / "sources.sha256"
+    return said.is_file() and said.read_text() == _digest()
+
+
 def _activate() -> None:
     """ImportError: there is nothing built of these sources."""
-    said = BUILT / "sources.sha256"
-    if not said.is_file() or said.read_text() != _digest():
+    if not _is_current():
         raise ImportError(f"{SWITCH} is set, but {BUILT} was not built of these sources: make compiled, or unset it")
     sys.meta_path.insert(0, _Finder)
     sys.path.append(str(BUILT))  # the one library behind them all

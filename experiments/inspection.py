@@ -169,7 +169,7 @@ class Inspection:
         yield f"t = {self.now_s:.6f} s{' (over)' if self.over else ''}, simulated again {self.began}"
         yield self.verdict()
         parked = sum(load.parked for load in self.control.manager.loads().values())
-        yield f"{len(recorder.outcomes)} requests have ended, {len(client.due)} are open, {parked} wait for an executor"
+        yield f"{recorder.ended} requests have ended, {len(client.due)} are open, {parked} wait for an executor"
         rows: list[tuple[str, ...]] = [
             ("executor", "role", "wait", "run", "in flight", "KV used", "cached", "tiers", "hits")
         ]

@@ -14,7 +14,7 @@ The summary is written last: a folder that has one is complete. Times are counte
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,24 +192,17 @@ def _request_columns(recorder: Recorder, slo: Slo, window: Window) -> dict[str, 
 def _executor_columns(recorder: Recorder) -> dict[str, Any]:
     loads = recorder.loads
 
-    def column(values: Iterator[int]) -> Any:
-        return np.fromiter(values, np.int64, len(loads))
-
-    occurred = column(load.occurred for load in loads)
-    total = column(load.total_blocks for load in loads)
+    occurred, total = loads.column("occurred"), loads.column("total_blocks")
+    same = ("waiting", "running", "waiting_tokens", "cached_blocks", "generated_tokens", "preemptions")
     return {
         "time_s": occurred / NS_PER_S,
-        "executor": [load.executor for load in loads],
-        "waiting": column(load.waiting for load in loads),
-        "running": column(load.running for load in loads),
-        "waiting_tokens": column(load.waiting_tokens for load in loads),
-        "kv_used": total - column(load.free_blocks for load in loads),
+        "executor": loads.executors,
+        **{name: loads.column(name) for name in same[:3]},
+        "kv_used": total - loads.column("free_blocks"),
         "kv_total": total,
-        "cached_blocks": column(load.cached_blocks for load in loads),
-        "generated_tokens": column(load.generated_tokens for load in loads),
-        "preemptions": column(load.preemptions for load in loads),
-        "busy_s": column(load.busy_ns for load in loads) / NS_PER_S,
-        "age_s": (column(load.time for load in loads) - occurred) / NS_PER_S,
+        **{name: loads.column(name) for name in same[3:]},
+        "busy_s": loads.column("busy_ns") / NS_PER_S,
+        "age_s": (loads.column("time") - occurred) / NS_PER_S,
     }
 
 

@@ -292,8 +292,7 @@ def _main_metrics(runs: Sequence[Run]) -> str:
         return _section("Results", _tiles(runs[0]) + _percentiles(runs[0]))
     rows = [Row(run.name, run.summary.metrics) for run in runs]
     best: dict[str, float] = {}
-    shown = [*METRICS, *([COST] if any(not math.isnan(row.value(COST)) for row in rows) else [])]
-    for metric in shown:
+    for metric in METRICS:
         usable = [row for row in rows if row.summary.get("finished")]
         known = [value for row in usable if not math.isnan(value := row.value(metric))]
         if len(set(known)) > 1:
@@ -301,13 +300,13 @@ def _main_metrics(runs: Sequence[Run]) -> str:
     body = []
     for run, row in zip(runs, rows, strict=True):
         cells = [_named(run, runs), count(run.metric("requests")), count(run.metric("finished"))]
-        for metric in shown:
+        for metric in METRICS:
             value = row.value(metric)
             text = _value(metric, value)
             cells.append(f'<b class="best">{text}</b>' if value == best.get(metric.key) else text)
         body.append(cells)
-    units = {"/s": "/s", "NPU s": " (s)", "$": " ($)"}
-    head = ["Run", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in shown)]
+    units = {"/s": "/s", "NPU s": " (s)"}
+    head = ["Run", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
     note = "Best of each column in bold." if best else ""
     return _section("Results", _table(head, body), note)
 

@@ -12,7 +12,8 @@ import pickle
 import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.vocabulary import NS_PER_S
-from experiments import build
+from experiments import build, compiled
 from experiments.config import CHECKOUT, compose
 from experiments.task_log import TaskLog
 from sim.cluster import SimCluster
@@ -88,8 +89,11 @@ class Snapshot(NamedTuple):
 
 def save(path: Path, state: State, cfg: DictConfig, trace: str, decisions_bytes: int | None) -> None:
     """Write a snapshot. ValueError: a policy or another object of the user's cannot be pickled."""
+    if compiled.is_active():
+        raise ValueError(f"snapshot_at: compiled objects cannot be pickled: run without {compiled.SWITCH}")
     try:
-        payload = pickled(state)
+        with _at_rest(state.control):
+            payload = pickled(state)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(
             f"snapshot_at: the run cannot be pickled ({error}): policies and latency models of your own must hold "
@@ -109,6 +113,18 @@ def save(path: Path, state: State, cfg: DictConfig, trace: str, decisions_bytes:
     part = path.with_name(path.name + ".part")
     part.write_bytes(msgspec.json.encode(header) + b"\n" + payload)
     part.replace(path)
+
+
+@contextmanager
+def _at_rest(control: ControlPlane[Client]) -> Iterator[None]:
+    """Without the log and the workload, open files or the like: what goes on from here has others."""
+    log, control.log = control.log, None
+    workload = control.client.take_workload()
+    try:
+        yield
+    finally:
+        control.log = log
+        control.client.give_workload(workload)
 
 
 def load(path: Path) -> Snapshot:

@@ -25,6 +25,9 @@ class TaskSpan:
     failed: str = ""
 
 
+_SILENT = frozenset({ev.LoadReport, ev.TaskProgress, ev.RequestEnded, ev.TimerFired})
+
+
 class TaskLog:
     """The tasks of the first `most` requests to arrive, in order of being placed. `requests`: their ids."""
 
@@ -36,6 +39,8 @@ class TaskLog:
 
     def record(self, event: ev.Event, actions: Sequence[Action]) -> None:
         """Note what an event, and what was decided on it, say of tasks."""
+        if type(event) in _SILENT:
+            return
         match event:
             case ev.RequestArrived() if len(self.requests) < self.most:
                 self.requests[event.request.request_id] = None

@@ -73,7 +73,7 @@ def write_timeline(path: Path, recorder: Recorder, spans: Spans) -> None:
     shown = len(spans.tasks.requests)
     other = {
         "schema": SCHEMA,
-        "requests": f"{shown} of {max(shown, len(recorder.outcomes))}, the first to arrive",
+        "requests": f"{shown} of {max(shown, recorder.ended)}, the first to arrive",
         "steps": f"the first {TIMELINE_STEPS}, where backend.record is true",
         "load reports": f"every {_thinning(recorder)}. of each executor",
     }
@@ -104,7 +104,7 @@ class _Timeline:
             key=lambda each: each.start_ns,
         )
         names = dict.fromkeys(executor for _, executor, _, _ in recorder.scaling)
-        names |= dict.fromkeys(load.executor for load in recorder.loads)
+        names |= dict.fromkeys(recorder.loads.executors)
         names |= dict.fromkeys(task.executor for task in self._tasks)
         self._client = 1
         self._pids = {name: number for number, name in enumerate(names, start=2)}
@@ -199,18 +199,18 @@ class _Timeline:
         recorder, placed = self._recorder, dict[int, int]()
         for task in self._tasks:
             placed.setdefault(task.request_id, task.start_ns)
-        rows = {
-            request_id: row for row, request_id in enumerate(recorder.requests["request_id"]) if request_id in stops
-        }
         columns = recorder.requests
+        ids = columns["request_id"].tolist()
+        rows = {request_id: row for row, request_id in enumerate(ids) if request_id in stops}
+        outcomes, reasons = recorder.outcomes, recorder.reasons
         slots = _Slots()
         for row in sorted(rows.values(), key=lambda row: columns["arrival_ns"][row]):
-            request_id, start = columns["request_id"][row], columns["arrival_ns"][row]
-            args: Event = {"request": request_id, "outcome": recorder.outcomes[row]}
-            args |= {name: columns[name][row] for name in _DETAILS}
-            if recorder.outcomes[row] != Outcome.FINISHED:
-                args["reason"] = recorder.reasons[row]
-            unplaced = recorder.end_ns if recorder.outcomes[row] == "unfinished" else start
+            request_id, start = ids[row], int(columns["arrival_ns"][row])
+            args: Event = {"request": request_id, "outcome": outcomes[row]}
+            args |= {name: int(columns[name][row]) for name in _DETAILS}
+            if outcomes[row] != Outcome.FINISHED:
+                args["reason"] = reasons[row]
+            unplaced = recorder.end_ns if outcomes[row] == "unfinished" else start
             end = max(placed.get(request_id, unplaced), start)
             tid = slots.take(start, end)
             stops[request_id].append((start / 1e3, self._client, tid))

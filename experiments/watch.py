@@ -86,12 +86,13 @@ class Watch(ProgressBar):
         recorder = self._control.recorder
         columns = recorder.requests
         arrivals, firsts = columns["arrival_ns"], columns["first_token_ns"]
+        executors = recorder.executors
         groups = {each.executor: _name(each.spec) for each in recorder.held()}
-        for row in range(self._seen, len(recorder.executors)):
+        for row in range(self._seen, recorder.ended):
             if firsts[row] != NONE:
-                group = groups.get(recorder.executors[row], "")
-                self._served.setdefault(group, array("q")).append(firsts[row] - arrivals[row])
-        self._seen = len(recorder.executors)
+                group = groups.get(executors[row], "")
+                self._served.setdefault(group, array("q")).append(int(firsts[row] - arrivals[row]))
+        self._seen = recorder.ended
 
     def _draw_table(self, head: str, rows: list[list[str]]) -> None:
         from rich.box import SIMPLE_HEAD

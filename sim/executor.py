@@ -19,7 +19,7 @@ from flowserve.core.messages import Dispatch, Message
 from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import NONE
-from flowserve.core.sequence import Sequence, Status
+from flowserve.core.sequence import DECODE, ENDED, LAST, Sequence
 from flowserve.core.task_executor import TaskExecutor
 from sim.alarm import Alarm
 
@@ -248,7 +248,7 @@ class SimExecutor:
         for sequence in reversed(plan.decodes):
             if sequence.joined < self._launched_clock:
                 break
-            if sequence.status is Status.DECODE or sequence.status is Status.LAST:
+            if sequence.status is DECODE or sequence.status is LAST:
                 task = sequence.task
                 left = self._answers[task.request.request_id].output_tokens - sequence.sampled
                 heapq.heappush(self._stops, (sequence.joined + left, task.task_id, sequence.joined, sequence))
@@ -259,7 +259,7 @@ class SimExecutor:
         stops = self._stops
         while stops:
             clock, _, joined, sequence = stops[0]
-            if sequence.joined == joined and (sequence.status is Status.DECODE or sequence.status is Status.LAST):
+            if sequence.joined == joined and (sequence.status is DECODE or sequence.status is LAST):
                 return clock
             heapq.heappop(stops)
         return None
@@ -269,7 +269,7 @@ class SimExecutor:
         accepted = {}
         for verify in plan.verifies:
             sequence = verify.sequence
-            if sequence.status is not Status.ENDED:  # of an aborted request the answer may be gone
+            if sequence.status is not ENDED:  # of an aborted request the answer may be gone
                 left = self._answers[sequence.task.request.request_id].output_tokens - sequence.sampled
                 accepted[sequence.task_id] = max(1, min(self._accept(verify), left))
         return accepted
@@ -281,7 +281,7 @@ class SimExecutor:
                 stopped.append(heapq.heappop(self._stops)[1])
         answers = self._answers
         for sequence, _, _, samples in plan.chunks:
-            if not samples or sequence.status is Status.ENDED:  # of an aborted request the answer may be gone
+            if not samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
                 continue
             if sequence.sampled + 1 >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)

@@ -115,7 +115,7 @@ class Flow:
         self.latency_ns = path.latency_ns
         self.since = now
         self.finish = now + alone
-        self.due: float = float("inf")
+        self.due: int | None = None
         self.timer: simpy.Event | None = None
         self.on_end = on_end
         self.parties = parties
@@ -230,7 +230,7 @@ class Network:
                 flow.left -= flow.rate * (now - flow.since)
                 flow.since, flow.rate = now, rate
                 flow.finish = now - (-max(0, flow.left) // rate)
-            if flow.finish < flow.due:  # else the timer rings early, and is set again
+            if flow.due is None or flow.finish < flow.due:  # else the timer rings early, and is set again
                 self._set(flow, flow.finish)
 
 

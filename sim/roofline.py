@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from cluster.latency import LatencyModel, StepShape
 from cluster.vocabulary import NS_PER_S
@@ -17,16 +16,6 @@ KERNELS_PER_SPARSE_LAYER = 13
 SMALL_KERNELS_PER_LAYER = 5
 """Of these, those that only move activations: two norms, rope, cache write, activation."""
 SMALL_KERNELS_PER_SPARSE_LAYER = 8
-
-
-class Batch(NamedTuple):
-    """What one NPU computes of a micro-batch: `tokens` through dense matrices, `samples` through the head, and what all
-    NPUs of its stage together send through the experts.
-    """
-
-    tokens: float
-    samples: float
-    together: float
 
 
 class Roofline(LatencyModel):
@@ -90,19 +79,20 @@ class Roofline(LatencyModel):
 
         sparse, dense = shape.sparse_layers, shape.layers - shape.sparse_layers
         small = SMALL_KERNELS_PER_LAYER * dense + SMALL_KERNELS_PER_SPARSE_LAYER * sparse
-        self._small = small * hardware.kernel_fixed_s * NS_PER_S
+        # Of every micro-batch, and of each token through the dense part: small kernels, all-reduces and hops.
+        self._fixed = small * hardware.kernel_fixed_s * NS_PER_S
         whole, shared, by_experts = shape.activation_bytes_per_token
-        self._small_token = (whole + shared / split) / bandwidth
+        self._token = (whole + shared / split) / bandwidth
         self._routed_token = by_experts / (among * bandwidth)
         self._launches = (
             (KERNELS_PER_LAYER * dense + KERNELS_PER_SPARSE_LAYER * sparse) * hardware.kernel_launch_s * NS_PER_S
         )
 
-        self._all_reduce = self._all_reduce_token = self._all_to_all = self._all_to_all_token = 0.0
+        self._all_to_all = self._all_to_all_token = 0.0
         if split > 1:
             rate, latency = hardware.collective(split)
-            self._all_reduce = shape.layers * 4 * latency * NS_PER_S
-            self._all_reduce_token = shape.layers * 2 * 2 * (split - 1) / split * 2 * shape.hidden / rate * NS_PER_S
+            self._fixed += shape.layers * 4 * latency * NS_PER_S
+            self._token += shape.layers * 2 * 2 * (split - 1) / split * 2 * shape.hidden / rate * NS_PER_S
         self._sharing = among if shape.expert_parallel else 1
         self._chosen_per_token = shape.experts_per_token / max(among, 1)
         if shape.expert_parallel and stage > 1:
@@ -112,11 +102,11 @@ class Roofline(LatencyModel):
             per_token = sent * min(shape.bytes_per_value, 2) / dispatch + sent * 2 / combine
             self._all_to_all = sparse * 2 * latency * NS_PER_S
             self._all_to_all_token = sparse * per_token * NS_PER_S
-        self._hops = self._hop_token = 0.0
         if self.stages > 1:
             rate, latency = hardware.collective(2 if npus <= hardware.node_npus else npus)
-            self._hops = self.stages * latency * NS_PER_S  # the last sends the token back
-            self._hop_token = (self.stages - 1) * 2 * shape.hidden / rate * NS_PER_S
+            self._fixed += self.stages * latency * NS_PER_S  # the last sends the token back
+            self._token += (self.stages - 1) * 2 * shape.hidden / rate * NS_PER_S
+        self._alone = self.stages == self._groups == 1
 
         self._graph = graph
         self._graph_sizes = sorted(graph_sizes)
@@ -169,48 +159,55 @@ class Roofline(LatencyModel):
                 captured = mine <= self._graph_sizes[-1]
                 if captured:
                     places = self._graph_sizes[bisect_left(self._graph_sizes, mine)] * share
-            fixed = self._work(self._batch(0, 0, places, 0))
+            fixed = self._work(*self._parts(0, 0, places, 0))
             known = self._known[sequences] = (fixed, self._per_key(sequences, 0), 0.0 if captured else self._launches)
         return known
 
     def _device(self, shape: StepShape) -> float:
         prefill, attention, chunks, sequences, context, drafts = shape
-        ns = self._work(self._batch(prefill, chunks, sequences, drafts))
-        ns += attention * self._per_pair * self._prompt_share(chunks)
+        if self._alone:
+            tokens = prefill + sequences + drafts
+            ns = self._work(tokens, chunks + sequences + drafts, tokens) + attention * self._per_pair
+        else:
+            ns = self._work(*self._parts(prefill, chunks, sequences, drafts))
+            ns += attention * self._per_pair * self._prompt_share(chunks)
         return ns + context * self._per_key(sequences, drafts)
 
     def _prompt_share(self, chunks: int) -> float:
         """Of a step's prompt tokens, those of the fullest group in a micro-batch."""
-        if self.stages == self._groups == 1 or not chunks:
+        if not chunks:
             return 1.0
         return math.ceil(chunks / self._groups) / chunks / (self.stages if self._spread else 1)
 
-    def _batch(self, prefill: int, chunks: int, sequences: int, drafts: int) -> Batch:
+    def _parts(self, prefill: int, chunks: int, sequences: int, drafts: int) -> tuple[float, float, float]:
+        """What one NPU computes of a micro-batch: tokens through dense matrices, samples through the head, and tokens
+        that all NPUs of its stage together send through the experts.
+        """
         stages, groups = self.stages, self._groups
-        if stages == groups == 1:
-            tokens = prefill + sequences + drafts
-            return Batch(tokens, chunks + sequences + drafts, tokens)
         wide = 1 + drafts / sequences if sequences else 1.0
         mine = -(-sequences // (stages * groups)) * wide
         prompts = prefill * self._prompt_share(chunks)
         spread = stages if self._spread else 1
         together = prefill / spread + -(-sequences // stages) * wide
-        return Batch(prompts + mine, math.ceil(chunks / (spread * groups)) + mine, together)
+        return prompts + mine, math.ceil(chunks / (spread * groups)) + mine, together
 
     def _per_key(self, sequences: int, drafts: int) -> float:
         """ns per key of the context of all decoding sequences."""
         if not sequences:
             return 0.0
-        places = self.stages * self._groups
-        share = -(-sequences // places) / sequences
-        return max(self._key_read, self._key_compute * (1 + drafts / sequences)) * share
+        key = self._key_compute * (1 + drafts / sequences) if drafts else self._key_compute
+        if key < self._key_read:
+            key = self._key_read
+        if self._alone:
+            return key
+        return key * -(-sequences // (self.stages * self._groups)) / sequences
 
-    def _work(self, batch: Batch) -> float:
+    def _work(self, tokens: float, samples: float, together: float) -> float:
         """ns of everything but attention."""
-        tokens, samples, together = batch
-        ns = max(self._dense, tokens * self._dense_token) + max(self._head, samples * self._head_token)
-        ns += self._small + tokens * self._small_token
-        ns += self._all_reduce + tokens * self._all_reduce_token + self._hops + tokens * self._hop_token
+        dense, head = tokens * self._dense_token, samples * self._head_token
+        ns = dense if dense > self._dense else self._dense
+        ns += head if head > self._head else self._head
+        ns += self._fixed + tokens * self._token
         if self._experts and together:
             uneven = self._unevenness(together)
             read = self._experts * (1 - self._passed_over**together)

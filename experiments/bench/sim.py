@@ -1,63 +1,34 @@
-"""How fast the simulator is: requests simulated per second of CPU time, from the first event to the last.
+"""How fast the simulator is: requests simulated per second of wall time, from the first event to the last.
 
 Lengths of the Azure 2023 conversation trace in file order, Poisson arrivals, an 8B model on engines with chunked
-prefill and prefix cache.
-
-A peer on the same requests, which simulates a server of its own: the mocker of NVIDIA Dynamo, compiled from Rust. It
-needs an environment to itself, `python -m venv ENV; ENV/bin/pip install ai-dynamo==1.4.2`, and `dynamo=ENV/bin/python`;
-its rate is of its own wall time for the loop. Without the argument the row is left out.
+prefill and prefix cache: w1 has one executor, w16 has 16 of them. Pure Python and the core compiled by mypyc, beside
+the mocker of NVIDIA Dynamo (Rust, which simulates a server of its own) on the same requests, all in turns. Dynamo is
+installed into an environment of its own in the user's cache folder; dynamo=no leaves it out.
 """
 
-import csv
-import gc
-import resource
 import subprocess
 import sys
-import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
-import numpy as np
 
-from cluster.client import Client
-from cluster.control import ControlPlane
-from cluster.job_executor import JobExecutor
-from cluster.manager import ClusterManager, GroupPlan
-from cluster.policy import DispatchPolicy
-from cluster.recorder import Recorder
-from cluster.request import Answer, Arrival, Request
-from cluster.vocabulary import BLOCK_TOKENS, NS_PER_S, ExecutorSpec, Role
+from experiments import compiled
+from experiments.bench.harness import dynamo
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
-from flowserve.core.config import EngineConfig
-from policies.dispatch.deepflow import DeepFlow
-from policies.dispatch.heat_map import HeatMap
-from policies.dispatch.round_robin import RoundRobin
-from policies.scaling.fixed import Fixed
-from sim.cluster import SimCluster
-from sim.latency import Fitted
-from sim.node import Node
-from sim.topology import HostShape, Wire
-from traces.catalog import find, resolve
+from experiments.bench.harness.sim_case import CASES, TRACE, Measured
+from traces.catalog import find
 
-TRACE = "azure2023_conv"
-MODEL = "8b"
-RATE = 6.0
-"""Requests per second and executor."""
-PREFIXES, PREFIX_BLOCKS = 64, 16
-"""Where prompts share prefixes: of how many, and how long each is."""
-# Of the order of an 8B model on one card of about 300 TFLOPs and 1.6 TB/s; what a step takes is not what is measured.
-STEP_NS = (6e6, 0.0, 2.6e4, 0.3, 0.0, 0.0, 2e4, 12.0)
-KV_BYTES_PER_TOKEN = 131_072
-COLOCATED = ((Role.COLOCATED, 16),)
+SCALE = ("10 executors", "100 executors", "1024 executors")
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):
-    """`requests`: in every run but that of a single executor, which gets an eighth. `dynamo`: see above."""
+    """`requests`: of w16; w1 has an eighth of them. `dynamo`: no, or its peer's part is measured too. `large`: requests
+    of the long run on 1,024 executors, whose time per request is held against that of 10,000.
+    """
 
     requests: int = 16_000
-    dynamo: str | None = None
+    dynamo: bool = True
+    large: int = 200_000
 
 
 def missing(options: Options) -> str | None:
@@ -66,103 +37,82 @@ def missing(options: Options) -> str | None:
 
 
 def run(options: Options) -> list[Row]:
-    count = options.requests
-    cases = [
-        ("1 executor", count // 8, ((Role.COLOCATED, 1),), RoundRobin),
-        ("16 executors", count, COLOCATED, RoundRobin),
-        ("6 prefill, 10 decode, 25 GB/s between them", count, ((Role.PREFILL, 6), (Role.DECODE, 10)), RoundRobin),
-        ("16 executors, prefix-aware, shared prompts", count, COLOCATED, _prefix_aware),
-        ("64 executors", count, ((Role.COLOCATED, 64),), RoundRobin),
-        ("256 executors", count, ((Role.COLOCATED, 256),), RoundRobin),
-        ("1024 executors", count, ((Role.COLOCATED, 1024),), RoundRobin),
+    peer, why = dynamo.python() if options.dynamo else (None, "dynamo=no")
+    compiled_too, why_not = _compile()
+    rows: list[Row] = []
+    for name in ("w1", "w16", "w16, 6 prefill and 10 decode executors", "w16, prefix-aware"):
+        rows += _compared(name, options, peer, why, compiled_too, why_not)
+    if compiled_too:
+        rows += _scaling(options)
+    return rows
+
+
+def _compile() -> tuple[bool, str]:
+    try:
+        compiled.build(quiet=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        return False, f"the core could not be compiled: {error}"
+    return True, ""
+
+
+def _compared(name: str, options: Options, peer: str | None, why: str, compiled_too: bool, why_not: str) -> list[Row]:
+    """One workload, pure, compiled and by the peer, in turns."""
+    count = options.requests // 8 if name == "w1" else options.requests
+    pure, fast, theirs = list[Measured](), list[Measured](), list[float]()
+    for _ in range(options.repeats):
+        if peer is not None:
+            theirs.append(dynamo.requests_per_s(peer, count, CASES[name]))
+        if compiled_too:
+            fast.append(_measure(name, count, True))
+        pure.append(_measure(name, count, False))
+    last = pure[-1]
+    said = f"{count} requests, {last.steps} steps, {last.simulated_s:.0f} s simulated"
+    rows = [median_row(f"{name}: pure Python", _rates(pure, count), "requests/s", f"{said}, {last.peak_mib:.0f} MiB")]
+    if compiled_too:
+        times = last.simulated_s / fast[-1].wall_s
+        rows.append(median_row(f"{name}: compiled", _rates(fast, count), "requests/s", f"{times:.0f} times real time"))
+    else:
+        rows.append(Row(name=f"{name}: compiled", value=None, unit="", detail=why_not))
+    if peer is None:
+        return [*rows, Row(name=f"{name}: Dynamo's mocker", value=None, unit="", detail=why)]
+    rows.append(median_row(f"{name}: Dynamo's mocker", theirs, "requests/s", dynamo.ABOUT))
+    if compiled_too:
+        rows.append(_ratio(f"{name}: compiled / Dynamo's mocker", _rates(fast, count), theirs, 1.0))
+    return [*rows, _ratio(f"{name}: pure Python / Dynamo's mocker", _rates(pure, count), theirs)]
+
+
+def _ratio(name: str, ours: list[float], theirs: list[float], at_least: float | None = None) -> Row:
+    return median_row(name, [a / b for a, b in zip(ours, theirs, strict=True)], "x", at_least=at_least)
+
+
+def _rates(measured: list[Measured], requests: int) -> list[float]:
+    return [requests / each.wall_s for each in measured]
+
+
+def _scaling(options: Options) -> list[Row]:
+    """Time per request with more executors at the same load of each, and with more requests. CPU time: it is compared
+    with itself.
+    """
+    each = {name: _measure(name, 10_000, True).cpu_s / 10_000 for name in SCALE}
+    long = _measure(SCALE[-1], options.large, True)
+    few, many = each[SCALE[0]], each[SCALE[-1]]
+    rows = [Row(name=f"{name}, by load and prefix", value=1e6 * took, unit="us/request") for name, took in each.items()]
+    per_request = long.cpu_s / options.large
+    return [
+        *rows,
+        Row(name="1024 / 10 executors, time per request", value=many / few, unit="x", at_most=1.5),
+        Row(
+            name=f"{options.large} / 10000 requests, time per request",
+            value=per_request / many,
+            unit="x",
+            detail=f"on 1024 executors, {1e6 * per_request:.0f} us, {long.peak_mib:.0f} MiB",
+        ),
     ]
-    rows = []
-    for name, requests, groups, policy in cases:
-        measured = [_simulate(requests, groups, policy()) for _ in range(options.repeats)]
-        rates, details = [rate for rate, _ in measured], measured[-1][1]
-        rows.append(median_row(f"w16, {name}" if requests == count else f"w1, {name}", rates, "requests/s", details))
-    if options.dynamo is not None:
-        rates = [_dynamo(options.dynamo, count) for _ in range(options.repeats)]
-        rows.append(median_row("peer on w16: Dynamo mocker, 16 workers", rates, "requests/s", "round robin, wall time"))
-    unit = 1024 if sys.platform == "darwin" else 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit / 1024
-    return [*rows, Row(name="peak memory of the whole process", value=peak, unit="MiB", at_most=500)]
 
 
-def _prefix_aware() -> DispatchPolicy:
-    return DeepFlow(HeatMap([0, 1_000_000], [0, 1_000_000], [[0.0, 0.0], [0.0, 0.0]], "bench"))
-
-
-def _dynamo(python: str, requests: int) -> float:
-    """Requests per second of its loop. Raises CalledProcessError: it cannot run."""
-    engine = {"num_gpu_blocks": 28_000, "block_size": BLOCK_TOKENS, "max_num_batched_tokens": 512, "max_num_seqs": 512}
-    with TemporaryDirectory() as folder:
-        trace, report, first = Path(folder, "trace.jsonl"), Path(folder, "report.json"), 0
-        with trace.open("wb") as file:
-            for arrival in workload(requests, 16 * RATE, False):
-                blocks = -(-arrival.request.prompt_tokens // BLOCK_TOKENS)
-                row = {
-                    "timestamp": arrival.at_ns / 1e6,
-                    "input_length": arrival.request.prompt_tokens,
-                    "output_length": arrival.answer.output_tokens,
-                    "hash_ids": list(range(first, first + blocks)),
-                }
-                file.write(msgspec.json.encode(row) + b"\n")
-                first += blocks
-        arguments = f"--trace-format mooncake --trace-block-size {BLOCK_TOKENS} --replay-mode offline --num-workers 16"
-        command = [python, "-m", "dynamo.replay", str(trace), *arguments.split(), "--router-mode", "round_robin"]
-        command += ["--extra-engine-args", msgspec.json.encode(engine).decode(), "--report-json", str(report)]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        wall_ms: float = msgspec.json.decode(report.read_bytes())["wall_time_ms"]
-        return requests / wall_ms * 1e3
-
-
-def workload(requests: int, rate: float, shared: bool) -> list[Arrival]:
-    """The first requests of the trace, over again where it ends. `shared`: prompts begin with one of a few prefixes."""
-    with resolve(TRACE).open() as file:
-        lengths = [(int(prompt), max(1, int(output))) for _, prompt, output in list(csv.reader(file))[1:]]
-    rng = np.random.default_rng(42)
-    times = np.cumsum(rng.exponential(1 / rate, requests)) * NS_PER_S
-    chosen = rng.integers(PREFIXES, size=requests)
-    arrivals = []
-    for number, at in enumerate(times):
-        prompt, output = lengths[number % len(lengths)]
-        ids = None
-        if shared:
-            blocks, first = prompt // BLOCK_TOKENS, int(chosen[number]) * PREFIX_BLOCKS
-            own = (PREFIXES + number) << 20
-            ids = (*range(first, first + min(blocks, PREFIX_BLOCKS)), *range(own, own + max(0, blocks - PREFIX_BLOCKS)))
-        arrivals.append(Arrival(Request(number, prompt, output, MODEL, ids), Answer(output), int(at)))
-    return arrivals
-
-
-def _simulate(requests: int, groups: tuple[tuple[Role, int], ...], policy: DispatchPolicy) -> tuple[float, str]:
-    """(requests per second of CPU time, what was simulated)."""
-    executors = sum(count for _, count in groups)
-    arrivals = workload(requests, RATE * executors, not isinstance(policy, RoundRobin))
-    engine = EngineConfig(kv_blocks=28_000, token_budget=512, max_sequences=512)
-    node = Node(
-        engine=engine,
-        latency=lambda: Fitted(STEP_NS),
-        stages=(),
-        kv_bytes_per_token=KV_BYTES_PER_TOKEN,
-        kv_segments=64,
-        host=HostShape(Wire(25e9, 2e-5)),
-    )
-    plans = tuple(GroupPlan(ExecutorSpec(MODEL, role), count, count, count) for role, count in groups)
-    recorder = Recorder()
-    control = ControlPlane(
-        Client(arrivals, ("je-0",), np.random.default_rng(0)),
-        [JobExecutor("je-0", 0, policy)],
-        ClusterManager(plans, Fixed(), ("je-0",)),
-        recorder,
-    )
-    gc.collect()
-    start = time.process_time()  # CPU, as others may use the machine too
-    with SimCluster(("client", "je-0", "cm"), lambda spec: node) as cluster:
-        control.drive(cluster)
-        seconds = time.process_time() - start
-        steps = sum(executor.steps for executor in cluster.executors.values())
-    simulated = recorder.end_ns / NS_PER_S
-    said = f"{requests} requests, {steps} steps, {simulated:.0f} s simulated: {simulated / seconds:.0f} times real time"
-    return requests / seconds, said
+def _measure(name: str, requests: int, fast: bool) -> Measured:
+    """CalledProcessError: it fails."""
+    command = [sys.executable, "-m", "experiments.bench.harness.sim_case", name, str(requests)]
+    environment = compiled.environment(fast)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, cwd=compiled.ROOT)
+    return msgspec.json.decode(done.stdout, type=Measured)

@@ -47,13 +47,13 @@ def main(arguments: list[str]) -> int:
     for note in result.notes:
         print(f"note: {note}")
     for outcome, reason, number in _not_finished(result):
-        print(f"{number} of {len(result.recorder.outcomes)} requests {outcome}{reason and ': ' + reason}")
+        print(f"{number} of {result.recorder.ended} requests {outcome}{reason and ': ' + reason}")
     if result.interrupted:
         print("interrupted: the results hold what happened until then")
     print(result.folder)
     if result.interrupted:
         return 130
-    return 0 if "finished" in result.recorder.outcomes else 1
+    return 0 if result.recorder.finished else 1
 
 
 def _not_finished(result: RunResult) -> list[tuple[str, str, int]]:

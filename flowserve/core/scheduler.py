@@ -21,7 +21,20 @@ from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost, fetch_rule
 from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult, Verify
 from flowserve.core.rtc import Match, Rtc
-from flowserve.core.sequence import DecodeClock, Sequence, Status
+from flowserve.core.sequence import (
+    DECODE,
+    ENDED,
+    FETCHING,
+    HELD,
+    LAST,
+    POPULATING,
+    PREFILL,
+    SPECULATE,
+    WAITING,
+    DecodeClock,
+    Sequence,
+    Status,
+)
 from flowserve.core.tiers import Tier, Transit
 from flowserve.core.transfer import run_lengths, runs_from
 
@@ -101,7 +114,7 @@ class EngineCore:
         `keep`: what it has computed may stay in the cache (not if it is unsound).
         """
         sequence = self._sequences.get(task_id)
-        if sequence is None or sequence.status is Status.ENDED:
+        if sequence is None or sequence.status is ENDED:
             return None
         match sequence.status:
             case Status.WAITING:
@@ -109,7 +122,7 @@ class EngineCore:
                 self.waiting_tokens -= sequence.target
                 self._forget(sequence)
             case Status.FETCHING:
-                sequence.status = Status.ENDED  # the transfer still writes into its blocks: freed by `fetched`
+                sequence.status = ENDED  # the transfer still writes into its blocks: freed by `fetched`
             case Status.HELD if task_id in self.held:
                 self.release_held(task_id)
             case Status.POPULATING:  # the copy goes on, into blocks that the cache owns
@@ -124,10 +137,10 @@ class EngineCore:
     def fetched(self, task_id: int, success: bool) -> Sequence | None:
         """A transfer ended. On success the sequence decodes from the next plan on; else it is given up and returned."""
         sequence = self._sequences[task_id]
-        if sequence.status is Status.ENDED or not success:
+        if sequence.status is ENDED or not success:
             self._running.pop(task_id)
-            aborted = sequence.status is Status.ENDED
-            sequence.status = Status.ENDED
+            aborted = sequence.status is ENDED
+            sequence.status = ENDED
             self._free(sequence, 0)
             return None if aborted else sequence
         sequence.computed = sequence.target
@@ -144,7 +157,7 @@ class EngineCore:
         if self.rtc.query_populate(transit):
             assert sequence.node is not None
             sequence.blocks = self.rtc.path_blocks(sequence.node) + sequence.blocks[sequence.tree_blocks :]
-            sequence.status = Status.PREFILL
+            sequence.status = PREFILL
             self._prefilling[sequence.task_id] = sequence
         else:
             self._leave_batch(sequence)
@@ -216,7 +229,7 @@ class EngineCore:
             self.clock.done = plan.clock
         first_tokens: list[Sequence] = []
         for sequence, _, _, samples in plan.chunks:
-            if samples and sequence.status is not Status.ENDED:
+            if samples and sequence.status is not ENDED:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
@@ -235,10 +248,10 @@ class EngineCore:
                 verified = self._apply_verifies(plan.verifies, accepted, ending)
             # In order of arrival, so that blocks are freed in one order whoever lists the stops.
             for sequence in ending if len(ending) == 1 else sorted(ending, key=_arrival):
-                if sequence.status is not Status.ENDED:
+                if sequence.status is not ENDED:
                     finished.append(self._finish(sequence, True))
         for sequence in first_tokens:
-            if sequence.status is Status.HELD:
+            if sequence.status is HELD:
                 finished.append(self._finish(sequence, False))
         if self._ending:
             self._free_ended(plan.number)
@@ -339,16 +352,16 @@ class EngineCore:
     def _first_decode(self, sequence: Sequence) -> int:
         if sequence.runs:
             return sequence.runs[0][0]
-        return sequence.joined if sequence.status in (Status.DECODE, Status.LAST) else self.clock.done
+        return sequence.joined if sequence.status in (DECODE, LAST) else self.clock.done
 
     def task_ids(self) -> list[int]:
         """Every task that still counts here, held ones included."""
-        return [task_id for task_id, sequence in self._sequences.items() if sequence.status is not Status.ENDED]
+        return [task_id for task_id, sequence in self._sequences.items() if sequence.status is not ENDED]
 
     def check_integrity(self) -> None:
         """Conserved quantities: free + cached + private blocks == total; counters agree with the queues."""
         self.rtc.check_integrity([block for sequence in self._sequences.values() for block in sequence.private_blocks])
-        waiting = [sequence for sequence in self._sequences.values() if sequence.status is Status.WAITING]
+        waiting = [sequence for sequence in self._sequences.values() if sequence.status is WAITING]
         assert len(waiting) == self._num_waiting
         assert sum(sequence.target for sequence in waiting) == self.waiting_tokens
         assert sum(sequence.position for sequence in self._decoding.values()) == self._decode_context
@@ -373,7 +386,7 @@ class EngineCore:
                     return chunks
                 budget -= self._issue_chunk(sequence, budget, chunks, last)
         while budget and self._num_waiting and (admitted := self._admit()):
-            if admitted.status is Status.PREFILL:
+            if admitted.status is PREFILL:
                 budget -= self._issue_chunk(admitted, budget, chunks, last)
         return chunks
 
@@ -387,7 +400,7 @@ class EngineCore:
             if self._remaining(sequence) <= 1:
                 last.append(sequence)
             elif sequence.task.kind is TaskKind.PREFILL:
-                sequence.status = Status.HELD
+                sequence.status = HELD
             else:
                 self._join_decodes(sequence, pending=1)
         return count
@@ -436,13 +449,13 @@ class EngineCore:
             sequence.fetched_tokens = self._fetched_tokens(transit)
         self.order.admitted(sequence, 0 if fetching else target - sequence.computed)
         if transit is not None:
-            sequence.status = Status.POPULATING
+            sequence.status = POPULATING
             self._populating[transit] = sequence
         elif fetching:
-            sequence.status, sequence.target = Status.FETCHING, target
+            sequence.status, sequence.target = FETCHING, target
             self.fetches.append(Fetch(sequence, sequence.computed, target))
         else:
-            sequence.status = Status.PREFILL
+            sequence.status = PREFILL
             self._prefilling[sequence.task_id] = sequence
         return sequence
 
@@ -497,17 +510,17 @@ class EngineCore:
         while True:
             head = self.order.head(self.clock.issued)
             assert isinstance(head, Sequence), f"{type(self.order).__name__} has lost a waiting sequence"
-            if head.status is Status.WAITING:
+            if head.status is WAITING:
                 return head
             self.order.pop()
 
     def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
         """`pending`: tokens sampled by issued plans that are not complete."""
         if self.config.speculative_tokens:
-            sequence.status, sequence.pending = Status.SPECULATE, pending > 0
+            sequence.status, sequence.pending = SPECULATE, pending > 0
             self._speculating[sequence.task_id] = sequence
             return
-        sequence.status = Status.DECODE
+        sequence.status = DECODE
         sequence.joined = self.clock.issued
         self._decoding[sequence.task_id] = sequence
         self._decodes = None
@@ -522,19 +535,19 @@ class EngineCore:
         del self._running[sequence.task_id]
         self._prefilling.pop(sequence.task_id, None)
         self._speculating.pop(sequence.task_id, None)
-        if sequence.status is Status.DECODE:
+        if sequence.status is DECODE:
             self._leave_decodes(sequence)
-        if sequence.status is Status.LAST:
+        if sequence.status is LAST:
             sequence.runs.append((sequence.joined, max(sequence.joined, self.clock.done)))
             sequence.sampled = sequence.generated
-        sequence.status = Status.ENDED
+        sequence.status = ENDED
 
     def _leave_decodes(self, sequence: Sequence) -> None:
         """No later plan decodes it; those in flight may."""
         del self._decoding[sequence.task_id]
         self._decodes = None
         del self._phases[(sequence.joined - sequence.computed) % self._size][sequence.task_id]
-        sequence.computed, sequence.limit, sequence.status = sequence.position, None, Status.LAST
+        sequence.computed, sequence.limit, sequence.status = sequence.position, None, LAST
         self._decode_context -= sequence.computed
         self.order.left(sequence, self.clock.issued)
 
@@ -544,7 +557,7 @@ class EngineCore:
         self.clock.issued += 1
         while self._limits and self._limits[0][0] <= self.clock.issued:
             limit, _, sequence = heapq.heappop(self._limits)
-            if sequence.status is Status.DECODE and sequence.limit == limit:
+            if sequence.status is DECODE and sequence.limit == limit:
                 self._leave_decodes(sequence)
                 last.append(sequence)
 
@@ -556,7 +569,7 @@ class EngineCore:
         size, append_block = self._size, self.rtc.append_block
         for sequence in list(self._phases[self.clock.issued % size].values()):
             while (
-                sequence.status is Status.DECODE
+                sequence.status is DECODE
                 and len(sequence.blocks) * size <= sequence.position
                 and not append_block(sequence.blocks)
             ):
@@ -571,7 +584,7 @@ class EngineCore:
         for sequence in list(self._speculating.values()):
             if sequence.pending:
                 continue
-            while len(sequence.blocks) * size <= sequence.computed and sequence.status is Status.SPECULATE:
+            while len(sequence.blocks) * size <= sequence.computed and sequence.status is SPECULATE:
                 if self.rtc.append_block(sequence.blocks):
                     continue
                 if self.in_flight:
@@ -602,7 +615,7 @@ class EngineCore:
         """Move sequences on by what was right; those that reach the client's limit join `ending`."""
         verified = []
         for sequence, _, draft in verifies:
-            if sequence.status is Status.ENDED:
+            if sequence.status is ENDED:
                 continue
             tokens = accepted[sequence.task.task_id]
             assert 1 <= tokens <= 1 + draft, f"{tokens} tokens from {draft} guesses"
@@ -621,7 +634,7 @@ class EngineCore:
 
     def _victim(self) -> Sequence:
         """One that computes here: a transfer in progress cannot be taken back."""
-        computing = (Status.DECODE, Status.PREFILL, Status.SPECULATE)
+        computing = (DECODE, PREFILL, SPECULATE)
         victim = self.victim.choose(s for s in reversed(self._running.values()) if s.status in computing)
         assert isinstance(victim, Sequence)
         return victim
@@ -639,7 +652,7 @@ class EngineCore:
         sequence.computed = 0
         sequence.target = sequence.task.request.prompt_tokens + sequence.sampled
         if self._outgrows(sequence.task, sequence.sampled):
-            sequence.status = Status.ENDED
+            sequence.status = ENDED
             self.failed.append((sequence, FailureReason.TOO_LONG))
             self._forget(sequence)
         else:
@@ -670,7 +683,7 @@ class EngineCore:
 
     def _end(self, sequence: Sequence, keep: bool = True) -> None:
         """Free the blocks: now, or with the last plan in flight, which may still use them."""
-        sequence.status = Status.ENDED
+        sequence.status = ENDED
         sound = sequence.task.request.prompt_tokens + max(sequence.sampled, 1) - 1
         valid = min(sequence.computed, sound) if keep else 0
         if self.in_flight:
@@ -710,12 +723,12 @@ class EngineCore:
         sequence.blocks, sequence.duplicates, sequence.tree_blocks, sequence.node = [], [], 0, None
 
     def _forget(self, sequence: Sequence) -> None:
-        sequence.status = Status.ENDED
+        sequence.status = ENDED
         del self._sequences[sequence.task_id]
         del self._ids[sequence.task_id]
 
     def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = Status.WAITING
+        sequence.status = WAITING
         self._num_waiting += 1
         self.waiting_tokens += sequence.target
         self.order.push(sequence, self.clock.issued)

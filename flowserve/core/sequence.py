@@ -38,6 +38,10 @@ class Status(Enum):
     ENDED = auto()
 
 
+WAITING, FETCHING, POPULATING, PREFILL, DECODE, LAST, SPECULATE, HELD, ENDED = Status
+"""The same as plain names: looking a member up in its class takes longer than what is done with it in every step."""
+
+
 class Sequence:
     """Few true numbers; the rest is derived.
 
@@ -83,7 +87,7 @@ class Sequence:
         self.task_id = task.task_id
         self.arrival = arrival
         self.clock = clock
-        self.status = Status.WAITING
+        self.status = WAITING
         self.target = task.context_tokens
         self.computed = 0
         self.sampled = task.generated
@@ -106,14 +110,14 @@ class Sequence:
     @property
     def position(self) -> int:
         """Positions whose KV cache is computed or issued: where the next issued token goes."""
-        if self.status is Status.DECODE:
+        if self.status is DECODE:
             return self.computed + self.clock.issued - self.joined
         return self.computed
 
     @property
     def generated(self) -> int:
         """Tokens of the request sampled by completed plans, those of earlier attempts included."""
-        if self.status is Status.DECODE or self.status is Status.LAST:
+        if self.status is DECODE or self.status is LAST:
             return self.sampled + max(0, self.clock.done - self.joined)
         return self.sampled
 

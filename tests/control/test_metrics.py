@@ -380,7 +380,7 @@ def test_load_reports_are_recorded_once() -> None:
     book = Book()
     book.hear(load_report("te-0", 5, to="je-0"))
     book.hear(load_report("te-0", 5, to="cm"))
-    assert [load.to for load in book.recorder.loads] == ["cm"]
+    assert [load.executor for load in book.recorder.loads] == ["te-0"]
 
 
 # -- from whole runs ------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def left_by(control: ControlPlane, executors: dict[str, Any]) -> dict[str, Any]:
         "texts": (recorder.outcomes, recorder.reasons, recorder.executors),
         "gaps": list(recorder.gaps),
         "scaling": recorder.scaling,
-        "loads": recorder.loads,
+        "loads": list(recorder.loads),
         "steps": {name: executor.steps for name, executor in executors.items()},
     }
 

@@ -24,10 +24,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One number. `samples`: what `value` is the median of. `at_least`, `at_most`: what it should be."""
+    """One number, or None with the reason in `detail`. `samples`: what `value` is the median of. `at_least`, `at_most`:
+    what it should be.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     detail: str = ""
     at_least: float | None = None
@@ -37,6 +39,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def met(self) -> bool | None:
         """None where there is no target."""
+        if self.value is None:
+            return None
         if self.at_least is not None:
             return self.value >= self.at_least
         return None if self.at_most is None else self.value <= self.at_most

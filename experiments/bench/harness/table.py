@@ -41,7 +41,7 @@ def noise_text(result: Result) -> str:
 
 
 def value_text(row: Row) -> str:
-    return f"{three_digits(row.value)} {row.unit}".rstrip()
+    return "not there" if row.value is None else f"{three_digits(row.value)} {row.unit}".rstrip()
 
 
 def target_text(row: Row) -> str:
