@@ -45,6 +45,7 @@ MODULES = (
     "sim.executor",
     "sim.latency",
     "sim.network",
+    "sim.roofline",
 )
 
 
