@@ -28,7 +28,7 @@ WRONG = {
     "negative objective": (["run", "slo.ttft_s=-1"], "slo.ttft_s is -1"),
     "too few hosts": (
         ["run", "backend.hosts=1", "fleet.groups.0.npus=8"],
-        "backend.hosts is 1: colocated executor 2 of llama3_8b, which takes 8 NPUs, has no room",
+        "backend.hosts is 1: colocated executor 2 of llama3-8b, which takes 8 NPUs, has no room",
     ),
     "no fan-out": (["run", "coldstart.fork_fanout=0"], "fork_fanout is 0"),
     "negative start-up": (["run", "coldstart.te_pre_load_s=-1"], "te_pre_load_s is -1"),
@@ -76,7 +76,7 @@ WRONG = {
     "negative exponent": (["run", "mix=zipf", "mix.exponent=-1"], "exponent is -1: allowed is 0"),
     "graph of nothing": (["run", "latency.graph_sizes=[0]"], "latency.graph_sizes are [0]"),
     "no tokenizer": (["run", "backend.delays.tokenizers=0"], "delays.tokenizers is 0: allowed are 1 and more"),
-    "experiment that is none": (["run", "experiment=nothing"], "Available options in 'experiment': three_models"),
+    "experiment that is none": (["run", "experiment=nothing"], "Available options in 'experiment': cluster_day"),
     "wrong block size": (["run", "engine.block_tokens=17"], "block_tokens is 17: allowed are multiples of 16"),
     "missing profile": (["run", "latency=profile", "latency.path=p.json"], "profile p.json does not exist"),
     "profile not named": (["run", "latency=profile"], "Missing mandatory value: latency.path"),
