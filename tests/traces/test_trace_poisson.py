@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster.vocabulary import NS_PER_S
-from traces.readers.poisson import PoissonTrace
+from traces.poisson import PoissonTrace
 
 FILE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,374,44
