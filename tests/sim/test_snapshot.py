@@ -14,6 +14,7 @@ from cluster.events import Event
 from cluster.manager import GroupPlan
 from cluster.request import Answer, Arrival
 from cluster.vocabulary import Stage
+from experiments import compiled
 from experiments.snapshot import State, pickled
 from experiments.task_log import TaskLog
 from flowserve.core.config import EngineConfig
@@ -26,6 +27,8 @@ from sim.node import Failure
 from sim.topology import Wire
 from tests.builders import disaggregated, make_arrival, make_request, run_sim, tier_wires
 from tests.sim import test_coalesced as coalesced
+
+pytestmark = pytest.mark.skipif(compiled.is_active(), reason="compiled objects cannot be pickled")
 
 Decisions = list[tuple[Event, list[Action]]]
 When = Callable[[ControlPlane, SimCluster, int], bool]
