@@ -4,6 +4,7 @@ import msgspec
 
 from cluster.request import Answer, Request, Task
 from cluster.vocabulary import ExecutorSpec, ExecutorState, Outcome, Role
+from cluster.work import Truth, WorkRequest, WorkTask
 
 
 class SetTimer(msgspec.Struct, frozen=True, tag=True):
@@ -130,6 +131,53 @@ class EndRun(msgspec.Struct, frozen=True, tag=True):
     """Nothing is left to do: `Cluster.next_event` returns None from here on."""
 
 
+class SubmitWork(msgspec.Struct, frozen=True, tag=True):
+    """The client asks for work other than serving: `WorkArrived`, and in the end one `WorkEnded`."""
+
+    job_executor: str
+    request: WorkRequest
+    truth: Truth
+
+
+class SubmitCall(msgspec.Struct, frozen=True, tag=True):
+    """A job makes an LLM call: `CallArrived` at a serving job executor, and in the end one `CallEnded` at `caller`.
+
+    `work`, `step`: of which request, and which of its steps, so that the sampler's side knows the answer.
+    """
+
+    job_executor: str
+    caller: str
+    request: Request
+    work: int
+    step: int
+
+
+class EndCall(msgspec.Struct, frozen=True, tag=True):
+    """The serving job executor's last word on a call: `CallEnded` at `caller`; the frontend may forget it."""
+
+    caller: str
+    request_id: int
+    outcome: Outcome
+    generated: int
+    reason: str = ""
+
+
+class DispatchWork(msgspec.Struct, frozen=True, tag=True):
+    """Hand a task to a worker: in the end one of `WorkFinished`, `WorkFailed`, `WorkAborted`, to `job_executor`."""
+
+    job_executor: str
+    executor: str
+    task: WorkTask
+
+
+class EndWork(msgspec.Struct, frozen=True, tag=True):
+    """The last word on a request for work: `WorkEnded` at the client."""
+
+    request_id: int
+    outcome: Outcome
+    reason: str = ""
+
+
 Action = (
     SetTimer
     | SubmitRequest
@@ -147,4 +195,9 @@ Action = (
     | DeclareNoCapacity
     | OpenDoors
     | EndRun
+    | SubmitWork
+    | SubmitCall
+    | EndCall
+    | DispatchWork
+    | EndWork
 )

@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from cluster import events as ev
-from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitRequest
-from cluster.request import Arrival, Trigger
+from cluster.actions import Action, CancelRequest, EndRun, SetTimer, SubmitRequest, SubmitWork
+from cluster.request import Trigger
+from cluster.work import WORK, AnyArrival, WorkArrival
 
 _NEXT = "next"
 
@@ -32,31 +33,34 @@ class Client:
 
     Times in the workload count from the start: with `wait_for_fleet` that is when the first executors are ready, so
     that a run measures serving and not the start of its first executors. `closed_loop`: the workload has triggers
-    that name requests, so the ends of all requests are remembered.
+    that name requests, so the ends of all requests are remembered. `takes_work`: the run has a job executor for work
+    other than serving.
     """
 
     name = "client"
 
     def __init__(
         self,
-        workload: Iterable[Arrival],
+        workload: Iterable[AnyArrival],
         job_executors: tuple[str, ...],
         rng: np.random.Generator,
         closed_loop: bool = False,
         wait_for_fleet: bool = True,
+        takes_work: bool = True,
     ) -> None:
-        self._workload: Iterator[Arrival] = iter(workload)
+        self._workload: Iterator[AnyArrival] = iter(workload)
         self._job_executors = job_executors
         self._rng = rng
         self._closed_loop = closed_loop
         self._wait_for_fleet = wait_for_fleet
+        self._takes_work = takes_work
         self._start_ns = 0
-        self._next: Arrival | None = None
+        self._next: AnyArrival | None = None
         self._exhausted = False
         self._last_id = -(1 << 63)
-        self._delayed: dict[str, Arrival] = {}
-        self._cued: dict[tuple[str, int], list[Arrival]] = {}
-        self._counted: dict[tuple[str, int], list[Arrival]] = {}
+        self._delayed: dict[str, AnyArrival] = {}
+        self._cued: dict[tuple[str, int], list[AnyArrival]] = {}
+        self._counted: dict[tuple[str, int], list[AnyArrival]] = {}
         self._times = {"first_token": array("q"), "ended": array("q")}
         self._past: dict[tuple[str, int], int] = {}
         self._open: dict[int, str] = {}
@@ -73,28 +77,28 @@ class Client:
                 return self._read_on() if self._wait_for_fleet else []
             case ev.TimerFired():
                 return self._timer(event)
-            case ev.FirstToken():
+            case ev.FirstToken() if event.request_id in self._open:  # of a job's call it is not the client's
                 return self._cue("first_token", event.request_id, event.time)
-            case ev.RequestEnded():
+            case ev.RequestEnded() | ev.WorkEnded():
                 del self._open[event.request_id]
                 del self.due[event.request_id]
                 return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
             case _:
                 return []
 
-    def resume(self, workload: Iterable[Arrival]) -> None:
+    def resume(self, workload: Iterable[AnyArrival]) -> None:
         """Go on where this client was when it was pickled; of the same workload, what it has read is passed over."""
         self._workload = dropwhile(self._has_read, workload)
 
-    def _has_read(self, arrival: Arrival) -> bool:
+    def _has_read(self, arrival: AnyArrival) -> bool:
         return arrival.request.request_id <= self._last_id
 
-    def take_workload(self) -> Iterator[Arrival]:
+    def take_workload(self) -> Iterator[AnyArrival]:
         """What is still to be read, until `give_workload`."""
         workload, self._workload = self._workload, iter(())
         return workload
 
-    def give_workload(self, workload: Iterator[Arrival]) -> None:
+    def give_workload(self, workload: Iterator[AnyArrival]) -> None:
         """Undo `take_workload`."""
         self._workload = workload
 
@@ -115,7 +119,9 @@ class Client:
         arrival = self._delayed.pop(event.name)
         return self._submit(arrival, event.time)
 
-    def _submit(self, arrival: Arrival, due: int) -> list[Action]:
+    def _submit(self, arrival: AnyArrival, due: int) -> list[Action]:
+        if isinstance(arrival, WorkArrival):
+            return self._submit_work(arrival, due)
         request = arrival.request
         among = self._job_executors
         chosen = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
@@ -124,6 +130,20 @@ class Client:
         actions: list[Action] = [SubmitRequest(chosen, request, arrival.answer)]
         if arrival.cancel_after_ns is not None:
             actions.append(SetTimer(self.name, f"cancel:{request.request_id}", due + arrival.cancel_after_ns))
+        return actions
+
+    def _submit_work(self, arrival: WorkArrival, due: int) -> list[Action]:
+        number = arrival.request.request_id
+        if not self._takes_work:
+            raise ValueError(
+                f"request {number} of the workload asks for {type(arrival.request.work).__name__}, but nothing "
+                "here runs that: give fleet.groups executors of role cpu (tools, preprocessing) and training"
+            )
+        self._open[number] = WORK
+        self.due[number] = due
+        actions: list[Action] = [SubmitWork(WORK, arrival.request, arrival.answer)]
+        if arrival.cancel_after_ns is not None:
+            actions.append(SetTimer(self.name, f"cancel:{number}", due + arrival.cancel_after_ns))
         return actions
 
     def _read_on(self) -> list[Action]:
@@ -143,7 +163,7 @@ class Client:
         self._exhausted = True
         return [*actions, *self._end_if_done()]
 
-    def _await(self, arrival: Arrival, trigger: Trigger) -> list[Action]:
+    def _await(self, arrival: AnyArrival, trigger: Trigger) -> list[Action]:
         if trigger.request_id is not None:
             past = self._past.get((trigger.event, trigger.request_id))
             if past is not None:
@@ -172,7 +192,7 @@ class Client:
                 actions += self._submit(arrival, now)
         return actions
 
-    def _delay(self, arrival: Arrival, at: int) -> SetTimer:
+    def _delay(self, arrival: AnyArrival, at: int) -> SetTimer:
         name = f"delayed:{arrival.request.request_id}"
         self._delayed[name] = arrival
         return SetTimer(self.name, name, at)

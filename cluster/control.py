@@ -10,6 +10,7 @@ from cluster.client import ClientActor
 from cluster.decision_log import Decision, LogHeader
 from cluster.events import Event, FirstToken
 from cluster.job_executor import JobExecutor
+from cluster.jobs.executor import WorkJobExecutor
 from cluster.manager import ClusterManager
 from cluster.recorder import Recorder
 from cluster.seam import Cluster
@@ -33,7 +34,7 @@ class Actor(Protocol):
 class ControlPlane(Generic[C]):
     """Client, job executors and cluster manager; the same objects whichever cluster they drive.
 
-    `log`: the decision log, open.
+    `work`: the job executor for work other than serving, where a run has such. `log`: the decision log, open.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class ControlPlane(Generic[C]):
         job_executors: Sequence[JobExecutor],
         manager: ClusterManager,
         recorder: Recorder,
+        work: WorkJobExecutor | None = None,
     ) -> None:
         self.client = client
         self.job_executors = tuple(job_executors)
         self.manager = manager
         self.recorder = recorder
-        actors: list[Actor] = [client, *job_executors, manager]
+        self.work = work
+        actors: list[Actor] = [client, *job_executors, manager, *([] if work is None else [work])]
         self._actors = {actor.name: actor for actor in actors}
         self.log: IO[bytes] | None = None
         self._sequence = 0

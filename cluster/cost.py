@@ -2,7 +2,8 @@
 
 Executors are priced by their own hardware. Starting up and draining are paid for like everything else, at idle power
 where nothing is computed. Money is rent plus electricity; a rented NPU's price usually contains the electricity.
-Of the whole run, not of the measured window; tokens are those of the answers, prompts not counted.
+Workers on CPUs hold no NPU and cost nothing here. Of the whole run, not of the measured window; tokens are those of the
+answers, prompts not counted.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def costs(
     npu_hours = busy_hours = energy = rent = 0.0
     for each in recorder.held():
         rates, npus = rates_of(each.spec), each.spec.npus
+        if not npus:
+            continue
         held, busy = npus * each.held_ns / NS_PER_HOUR, npus * min(each.busy_ns, each.held_ns) / NS_PER_HOUR
         npu_hours += held
         busy_hours += busy

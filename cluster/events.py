@@ -11,6 +11,7 @@ import msgspec
 
 from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, ExecutorState, FailureReason, Outcome, Stage
+from cluster.work import WorkRequest
 
 
 def pack_times(times_ns: Iterable[int]) -> bytes:
@@ -221,6 +222,63 @@ class ExecutorFailed(EventBase, frozen=True, tag=True, kw_only=True, omit_defaul
     permanent: bool = False
 
 
+class WorkArrived(EventBase, frozen=True, tag=True, kw_only=True):
+    """The frontend accepted a request for work other than serving."""
+
+    request: WorkRequest
+
+
+class CallArrived(EventBase, frozen=True, tag=True, kw_only=True):
+    """A job makes an LLM call: to this job executor a request like any other, but that `caller` hears of its end."""
+
+    request: Request
+    caller: str
+
+
+class CallEnded(EventBase, frozen=True, tag=True, kw_only=True):
+    """What the caller hears: exactly one for every call it made. `generated`: tokens of the answer."""
+
+    request_id: int
+    outcome: Outcome
+    generated: int
+    reason: str = ""
+
+
+class WorkFinished(EventBase, frozen=True, tag=True, kw_only=True):
+    """A worker is done with a task, which it began at `started`."""
+
+    request_id: int
+    task_id: int
+    executor: str
+    started: int
+
+
+class WorkFailed(EventBase, frozen=True, tag=True, kw_only=True):
+    """A worker gave a task back, or died with it."""
+
+    request_id: int
+    task_id: int
+    executor: str
+    reason: FailureReason
+    detail: str = ""
+
+
+class WorkAborted(EventBase, frozen=True, tag=True, kw_only=True):
+    """The answer to `AbortTask` from a worker."""
+
+    request_id: int
+    task_id: int
+    executor: str
+
+
+class WorkEnded(EventBase, frozen=True, tag=True, kw_only=True):
+    """What the client hears: exactly one for every request for work that it submitted."""
+
+    request_id: int
+    outcome: Outcome
+    reason: str = ""
+
+
 Event = (
     RunStarted
     | FleetReady
@@ -243,4 +301,11 @@ Event = (
     | RoleSwitched
     | ExecutorRetired
     | ExecutorFailed
+    | WorkArrived
+    | CallArrived
+    | CallEnded
+    | WorkFinished
+    | WorkFailed
+    | WorkAborted
+    | WorkEnded
 )

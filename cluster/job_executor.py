@@ -8,11 +8,11 @@ the frontend holds.
 import msgspec
 
 from cluster import events as ev
-from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, ReleaseKvContext, ReportDemand
+from cluster.actions import AbortTask, Action, DispatchTask, EndCall, EndRequest, ReleaseKvContext, ReportDemand
 from cluster.fleet import Fleet
 from cluster.policy import DispatchPolicy
 from cluster.request import KvSource, Request, Task
-from cluster.vocabulary import SERVES, ExecutorState, FailureReason, Outcome, Role, TaskKind
+from cluster.vocabulary import SERVES, ExecutorState, FailureReason, Outcome, TaskKind
 
 _TASK_BITS = 40
 
@@ -72,6 +72,8 @@ class JobExecutor:
         self._num_parked = 0
         self._demand: dict[str, int] = {}
         self._no_capacity: dict[str, str] = {}
+        self._callers: dict[int, str] = {}
+        """Who made a request that is a job's LLM call."""
 
     def on_event(self, event: ev.Event) -> list[Action]:
         """The actions this event calls for."""
@@ -99,6 +101,9 @@ class JobExecutor:
                 return self._announced(event)
             case ev.NoCapacity():
                 return self._give_up(event)
+            case ev.CallArrived():
+                self._callers[event.request.request_id] = event.caller
+                return self._arrived(event)
             case _:
                 return []
 
@@ -109,7 +114,7 @@ class JobExecutor:
 
     # -- the life of a job ----------------------------------------------------------------------------------------
 
-    def _arrived(self, event: ev.RequestArrived) -> list[Action]:
+    def _arrived(self, event: ev.RequestArrived | ev.CallArrived) -> list[Action]:
         job = Job(event.request, event.occurred)
         self._jobs[event.request.request_id] = job
         return self._place(job, event.time)
@@ -210,14 +215,21 @@ class JobExecutor:
         return [AbortTask(job.executor, job.task.task_id)]
 
     def _end(self, job: Job, outcome: Outcome, reason: str = "") -> list[Action]:
-        del self._jobs[job.request.request_id]
-        return [*self._release_context(job.request), EndRequest(job.request.request_id, outcome, job.generated, reason)]
+        number = job.request.request_id
+        del self._jobs[number]
+        caller = self._callers.pop(number, None) if self._callers else None
+        end = (
+            EndRequest(number, outcome, job.generated, reason)
+            if caller is None
+            else EndCall(caller, number, outcome, job.generated, reason)
+        )
+        return [*self._release_context(job.request), end]
 
     def _release_context(self, request: Request) -> list[Action]:
         """Wherever an explicitly cached context may lie: any executor may have served a request that named it."""
         if request.context is None or not request.release_context:
             return []
-        groups = [self.fleet.group(request.model, role) for role in Role]
+        groups = [self.fleet.group(request.model, role) for role in SERVES]
         return [ReleaseKvContext(name, request.context) for group in groups for name in group.names]
 
     def _release(self, job: Job) -> list[Action]:

@@ -32,10 +32,16 @@ class LatencyModel(StepTime, Protocol):
     """How long steps take on one executor. Models derive from this, for what it adds to `step_ns`.
 
     `stages`: of the executor's pipeline; steps on end overlap in it, so that each takes `step_ns` behind another one,
-    and `fill_ns` more where none is ahead of it.
+    and `fill_ns` more where none is ahead of it. `varies`: steps of the same shape may take different times, by their
+    number; then one object serves one executor.
     """
 
     stages: int = 1
+    varies: bool = False
+
+    def seek(self, step: int) -> None:
+        """What is asked next is of the executor's steps from this number on, in their order."""
+        return
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
         """Durations of `steps` steps on end in which `sequences` decode, the first with `context` tokens in all.

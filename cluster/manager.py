@@ -19,7 +19,8 @@ from cluster.actions import (
     SwitchRole,
 )
 from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
-from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, to_ns
+from cluster.vocabulary import WORKERS, ExecutorSpec, ExecutorState, Role, to_ns
+from cluster.work import WORK
 
 
 class GroupPlan(msgspec.Struct, frozen=True):
@@ -102,7 +103,8 @@ class ClusterManager:
 
     `max_launch_failures`: launches of a group that may fail in a row before it gives up and says so; a
     failure that another launch would meet again is enough by itself. `npus`: those of all groups together, None for no
-    limit; a launch for which none are left is made when others have been given back.
+    limit; a launch for which none are left is made when others have been given back. Workers are announced to the job
+    executor for work other than serving, all others to `job_executors`.
     """
 
     name = "cm"
@@ -251,11 +253,15 @@ class ClusterManager:
             for group in self._groups_of.get(model, ())
             if group.members or group.failures < self._max_launch_failures
         }
-        if Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles:
+        if Role.COLOCATED in roles or {Role.PREFILL, Role.DECODE} <= roles or roles & {*WORKERS}:
             return []
         reason = self._reasons.get(model, "no group of executors serves it")
         said = f"no executor for {model} could be launched: {reason}"
-        return [DeclareNoCapacity(name, model, said) for name in self._job_executors]
+        # A group of workers is called like its role.
+        return [DeclareNoCapacity(name, model, said) for name in self._told_of(model in WORKERS)]
+
+    def _told_of(self, workers: bool) -> tuple[str, ...]:
+        return (WORK,) if workers else self._job_executors
 
     def _announce(self, executor: _Executor, state: ExecutorState) -> list[Action]:
         self._count(executor, -1)
@@ -267,7 +273,7 @@ class ClusterManager:
         spec = executor.group.plan.spec
         return [
             AnnounceExecutor(name, executor.name, spec, state, executor.kv_blocks, executor.max_sequences)
-            for name in self._job_executors
+            for name in self._told_of(spec.role in WORKERS)
         ]
 
     def _count(self, executor: _Executor, sign: int) -> None:
@@ -304,7 +310,7 @@ class ClusterManager:
     def _launch_some(self, group: _Group, missing: int) -> list[Action]:
         """As many of the missing executors as there are NPUs left."""
         launches = missing
-        if self._free_npus is not None:
+        if self._free_npus is not None and group.plan.spec.npus:
             launches = min(missing, self._free_npus // group.plan.spec.npus)
         if launches < missing:
             self._short.setdefault(group)

@@ -10,7 +10,7 @@ from cluster import events as ev
 from cluster.actions import Action, LaunchExecutor
 from cluster.client import ClientActor
 from cluster.spool import Ints, OpenFile, Spool
-from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome
+from cluster.vocabulary import NS_PER_S, ExecutorSpec, Outcome, Role
 
 NONE = -1
 """Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
@@ -162,7 +162,7 @@ class Recorder:
         self._specs: dict[str, ExecutorSpec] = {}
         self._held: dict[str, tuple[int, int]] = {}
         self._last_reports: dict[str, ev.LoadReport] = {}
-        self._last_tokens: dict[str, int] = {}
+        self._last_done: dict[str, int] = {}
         self._live: dict[int, _Live] = {}
 
     @property
@@ -234,16 +234,17 @@ class Recorder:
         if note is not None:
             note(self, event)
         elif type(event) is ev.RequestArrived:
-            request = event.request
-            due = client.due[request.request_id]
-            self._live[request.request_id] = _Live(
-                event.occurred, event.occurred - due, request.prompt_tokens, request.model
-            )
+            self._arrived(event, event.occurred - client.due[event.request.request_id])
         for action in actions:
             if type(action) is LaunchExecutor:
                 self._specs[action.executor] = action.spec
                 self._held[action.executor] = (event.time, NONE)
                 self.scaling.append((event.time, action.executor, "launch", 0))
+
+    def _arrived(self, event: ev.RequestArrived | ev.CallArrived, lag: int = 0) -> None:
+        """A job is never late with its calls."""
+        request = event.request
+        self._live[request.request_id] = _Live(event.occurred, lag, request.prompt_tokens, request.model)
 
     def _first_token(self, event: ev.FirstToken) -> None:
         live = self._live.get(event.request_id)
@@ -299,7 +300,7 @@ class Recorder:
         self._held[event.executor] = (launched, event.occurred if until == NONE else until)
 
     def _task_finished(self, event: ev.TaskFinished) -> None:
-        self._last_tokens[event.executor] = event.last_token_ns
+        self._last_done[event.executor] = event.last_token_ns
         live = self._live.get(event.request_id)
         if live is None:
             return
@@ -321,7 +322,10 @@ class Recorder:
             times.insert(0, before)
         live.gap_end = event.last_token_ns
 
-    def _ended(self, event: ev.RequestEnded) -> None:
+    def _work_finished(self, event: ev.WorkFinished) -> None:
+        self._last_done[event.executor] = event.occurred
+
+    def _ended(self, event: ev.RequestEnded | ev.CallEnded) -> None:
         self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
 
     def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
@@ -377,15 +381,15 @@ class Recorder:
             report, end = reports.get(name), self.end_ns if until == NONE else until
             busy = 0
             if report is not None:  # what finishes after the last report was computed since
-                busy = report.busy_ns + max(0, self._last_tokens.get(name, 0) - report.occurred)
+                busy = report.busy_ns + max(0, self._last_done.get(name, 0) - report.occurred)
             yield Held(name, self._specs[name], end - launched, busy)
 
-    def npu_seconds(self, model: str | None = None) -> float:
-        """NPUs times seconds held, from launch to retirement (or to the end of the run); by one model's executors,
-        where it is named.
+    def npu_seconds(self, model: str | None = None, role: Role | None = None) -> float:
+        """NPUs times seconds held, from launch to retirement (or to the end of the run); by executors of one model or
+        one role, where it is named.
         """
-        held = [each for each in self.held() if model is None or each.spec.model == model]
-        return sum(each.spec.npus * each.held_ns for each in held) / NS_PER_S
+        held = (each for each in self.held() if model is None or each.spec.model == model)
+        return sum(each.spec.npus * each.held_ns for each in held if role is None or each.spec.role is role) / NS_PER_S
 
 
 _NOTES: dict[type, Callable[[Recorder, Any], None]] = {
@@ -393,6 +397,9 @@ _NOTES: dict[type, Callable[[Recorder, Any], None]] = {
     ev.TaskFinished: Recorder._task_finished,
     ev.TaskFailed: Recorder._task_failed,
     ev.RequestEnded: Recorder._ended,
+    ev.CallArrived: Recorder._arrived,
+    ev.CallEnded: Recorder._ended,
+    ev.WorkFinished: Recorder._work_finished,
     ev.LoadReport: Recorder._load_reported,
     ev.StageFinished: Recorder._scaled,
     ev.ExecutorReady: Recorder._scaled,
@@ -401,4 +408,4 @@ _NOTES: dict[type, Callable[[Recorder, Any], None]] = {
     ev.ExecutorRetired: Recorder._gone,
     ev.ExecutorFailed: Recorder._gone,
 }
-"""What is noted of each kind of event; of an arrival, more than it says."""
+"""What is noted of each kind of event; of a request's arrival, more than it says."""

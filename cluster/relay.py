@@ -6,10 +6,14 @@ from cluster.actions import (
     AnnounceExecutor,
     CancelRequest,
     DeclareNoCapacity,
+    EndCall,
     EndRequest,
+    EndWork,
     OpenDoors,
     ReportDemand,
+    SubmitCall,
     SubmitRequest,
+    SubmitWork,
 )
 
 
@@ -53,6 +57,31 @@ def relayed(action: Action, now: int) -> ev.Event | None:
         case DeclareNoCapacity():
             return ev.NoCapacity(
                 to=action.job_executor, time=now, occurred=now, model=action.model, reason=action.reason
+            )
+        case SubmitWork():
+            return ev.WorkArrived(to=action.job_executor, time=now, occurred=now, request=action.request)
+        case SubmitCall():
+            return ev.CallArrived(
+                to=action.job_executor, time=now, occurred=now, request=action.request, caller=action.caller
+            )
+        case EndCall():
+            return ev.CallEnded(
+                to=action.caller,
+                time=now,
+                occurred=now,
+                request_id=action.request_id,
+                outcome=action.outcome,
+                generated=action.generated,
+                reason=action.reason,
+            )
+        case EndWork():
+            return ev.WorkEnded(
+                to="client",
+                time=now,
+                occurred=now,
+                request_id=action.request_id,
+                outcome=action.outcome,
+                reason=action.reason,
             )
         case OpenDoors():
             return ev.FleetReady(to="client", time=now, occurred=now)

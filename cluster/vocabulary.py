@@ -20,11 +20,15 @@ def to_s(value_ns: int) -> float:
 
 
 class Role(StrEnum):
-    """What a task executor serves. A role is state of the executor, not a kind of process."""
+    """What a task executor does. Of those that serve it is state of the executor, not a kind of process; workers on
+    CPUs or NPUs (`cpu`, `training`) run work other than serving.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
     COLOCATED = "colocated"
+    CPU = "cpu"
+    TRAINING = "training"
 
 
 class TaskKind(StrEnum):
@@ -36,7 +40,10 @@ class TaskKind(StrEnum):
 
 
 SERVES = {Role.COLOCATED: TaskKind.SERVE, Role.PREFILL: TaskKind.PREFILL, Role.DECODE: TaskKind.DECODE}
-"""The kind of task that an executor of each role runs."""
+"""The kind of serving task that an executor of each role runs."""
+
+WORKERS = (Role.CPU, Role.TRAINING)
+"""Roles of executors that do not serve. Their group's model is called like the role: they belong to no model."""
 
 
 class Stage(StrEnum):

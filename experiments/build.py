@@ -14,15 +14,16 @@ from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.job_executor import JobExecutor
+from cluster.jobs.executor import WorkJobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.metrics import Slo, Window
 from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.recorder import Recorder
-from cluster.request import Arrival
 from cluster.seam import Cluster
 from cluster.streams import stream
-from cluster.vocabulary import ExecutorSpec, Role
+from cluster.vocabulary import WORKERS, ExecutorSpec, Role, Stage
+from cluster.work import WORK, AnyArrival, OperationTime
 from experiments.config import CONF, build, plain, typed
 from experiments.models import by_group, served, shape_of
 from experiments.models import model_folder as model_folder
@@ -70,15 +71,18 @@ DRAWING = (
 
 class GroupConfig(msgspec.Struct, frozen=True):
     """One entry of `fleet.groups`. `hardware`: an option of conf/hardware or a YAML file, where it is not the run's.
+    `npus`: of each executor, by default 1, and none of a CPU worker. `slots`: of each CPU worker, tasks side by side.
     `model`: the same of conf/model, or a Hugging Face folder. `copies` above 0: the entry stands for so many models of
     that shape (fine-tuned ones, say), named NAME-0, NAME-1 and so on, and a group of each. `profile`: the latency
     profile of this model on this hardware, in place of the run's latency model. `pipeline_stages`,
-    `attention_groups`: how its executors spread the model, where that is not in its shape (`ModelShape`).
+    `attention_groups`: how its executors spread the model, where that is not in its shape (`ModelShape`). Workers
+    belong to no model.
     """
 
     role: Role
     executors: int
-    npus: int = 1
+    npus: int | None = None
+    slots: int = 1
     minimum: int = 0
     maximum: int = 64
     hardware: str = ""
@@ -110,6 +114,7 @@ class Settings(msgspec.Struct, frozen=True):
     cooldown_s: float
     profile_max_prompt: int
     electricity_per_kwh: float
+    profile_launches: int
     decisions: bool
     report: bool
     progress: bool
@@ -191,7 +196,7 @@ def check_types(cfg: DictConfig) -> None:
 class Workload(NamedTuple):
     """Arrivals, and where they come from, for the report."""
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     source: str
     stand_in: bool
 
@@ -199,16 +204,22 @@ class Workload(NamedTuple):
 def workload(cfg: DictConfig) -> Workload:
     """The configured trace, cut and scaled; its fitted stand-in where no file is found, which `source` then says."""
     from traces.catalog import find
+    from traces.merge import Merge
     from traces.synthetic import SyntheticTrace
     from traces.transforms import ClipLengths, LengthScale, Limit, RateScale, TimeWindow
 
     trace, model = cfg.trace, model_name(cfg)
+    sources = job_sources(cfg, model)
+    if trace.reader is None and trace.stand_in is None:
+        if not sources:
+            raise ValueError("the run has no requests: give it a trace or jobs, e.g. trace=azure2023_conv jobs=agents")
+        return Workload(Merge(sources), "jobs only", False)
     stand_in = trace.reader is None or (
         trace.stand_in is not None
         and not Path(str(trace.reader.path)).is_file()
         and find(str(trace.reader.path)) is None
     )
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     if stand_in:
         span_s = (trace.start_s + (trace.duration_s or 600.0)) * max(trace.rate, 1e-9)
         arrivals = SyntheticTrace(trace.stand_in, trace.stand_in_rate, span_s, model, cfg.seed, trace.max_tokens)
@@ -233,10 +244,20 @@ def workload(cfg: DictConfig) -> Workload:
     if cfg.mix["_target_"] is not None:
         how = {**plain(cfg.mix), "_partial_": True, "_convert_": "all"}
         arrivals = build(how, "mix", models=list(served(cfg)), seed=cfg.seed)(arrivals)
+    if sources:
+        arrivals = Merge([arrivals, *sources])
     return Workload(arrivals, source, stand_in and trace.reader is not None)
 
 
-def rate_from(arrivals: Iterable[Arrival], since_ns: int, rate: float, before: float) -> Iterable[Arrival]:
+def job_sources(cfg: DictConfig, model: str) -> list[Iterable[AnyArrival]]:
+    """The workloads of `jobs`: work other than serving, beside the trace."""
+    return [
+        build(source, f"jobs.sources[{number}]", model=model, seed=cfg.seed)
+        for number, source in enumerate(cfg.jobs.sources)
+    ]
+
+
+def rate_from(arrivals: Iterable[AnyArrival], since_ns: int, rate: float, before: float) -> Iterable[AnyArrival]:
     """What comes from then on at another `trace.rate`."""
     from traces.transforms import RateFrom
 
@@ -252,11 +273,12 @@ def job_executor_names(cfg: DictConfig) -> tuple[str, ...]:
 
 
 class GroupEntry(NamedTuple):
-    """What an entry of `fleet.groups` says of one TE group."""
+    """What an entry of `fleet.groups` says of one TE group. `shape`: for workers it means nothing."""
 
     plan: GroupPlan
     shape: ModelShape
     profile: str
+    slots: int
 
 
 def groups(cfg: DictConfig) -> tuple[GroupPlan, ...]:
@@ -271,24 +293,28 @@ def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
     for number, (node, (model, called)) in enumerate(zip(cfg.fleet.groups, by_group(cfg), strict=True)):
         where = f"fleet.groups[{number}]"
         group = typed(node, GroupConfig, where)
-        if group.npus < 1:
-            raise ValueError(f"{where}.npus is {group.npus}: an executor takes at least one")
-        if group.copies < 0:
-            raise ValueError(f"{where}.copies is {group.copies}: allowed are 0 (the model itself) and more")
+        npus = _npus(group, where)
         if group.executors == 0 and group.maximum > 0 and plain(cfg.scaling).get("period_s") is None:
             raise ValueError(f"{where} has zero executors and scaling never adds one: set executors to 1 or more")
-        shape = group.spread(shape_of(cfg, model))
-        if cfg.backend.name == "sim":
-            shape.check_split(group.npus)
-        elif shape.pipeline_stages > 1 or shape.groups(group.npus) > 1:
-            raise ValueError(f"{where}: real engines have neither pipeline stages nor attention groups; leave them out")
-        for name in called:
-            spec = ExecutorSpec(name, group.role, group.npus, group.hardware)
+        shape = shape_of(cfg, model)
+        if group.role not in WORKERS:
+            shape = group.spread(shape)
+            if cfg.backend.name == "sim":
+                shape.check_split(npus)
+            elif shape.pipeline_stages > 1 or shape.groups(npus) > 1:
+                raise ValueError(
+                    f"{where}: real engines have neither pipeline stages nor attention groups; leave them out"
+                )
+        for name in called or [str(group.role)]:
+            spec = ExecutorSpec(name, group.role, npus, group.hardware)
             if spec in entries:
                 raise ValueError(f"{where} is another group of {group.role} executors of {name}: make them one")
             plan = GroupPlan(spec, group.executors, group.minimum, group.maximum)
-            entries[spec] = GroupEntry(plan, shape, group.profile)
-            roles.setdefault(name, set()).add(group.role)
+            entries[spec] = GroupEntry(plan, shape, group.profile, group.slots)
+            if group.role not in WORKERS:
+                roles.setdefault(name, set()).add(group.role)
+    if entries and not roles:
+        raise ValueError("fleet.groups has only workers: a run needs executors that serve, too")
     for name, found in roles.items():
         if found not in ROLES_THAT_SERVE:
             raise ValueError(
@@ -296,6 +322,34 @@ def group_entries(cfg: DictConfig) -> dict[ExecutorSpec, GroupEntry]:
                 "request: needed are colocated ones, or prefill and decode together"
             )
     return entries
+
+
+def _npus(group: GroupConfig, where: str) -> int:
+    """Of each executor. ValueError: more or less than its role takes, or what workers of its role do not have."""
+    npus = group.npus if group.npus is not None else int(group.role is not Role.CPU)
+    if group.role is Role.CPU and npus:
+        raise ValueError(f"{where}.npus is {npus}: workers of role cpu take none, leave it out")
+    if group.role is not Role.CPU and npus < 1:
+        raise ValueError(f"{where}.npus is {npus}: an executor takes at least one")
+    if group.slots < 1 or (group.slots > 1 and group.role is not Role.CPU):
+        raise ValueError(f"{where}.slots is {group.slots}: allowed are 1 and more for role cpu, and 1 for others")
+    if group.copies < 0:
+        raise ValueError(f"{where}.copies is {group.copies}: allowed are 0 (the model itself) and more")
+    for name in ("model", "copies", "profile", "pipeline_stages", "attention_groups"):
+        if group.role in WORKERS and getattr(group, name):
+            raise ValueError(f"{where}.{name} is {getattr(group, name)}: workers belong to no model, leave it out")
+    return npus
+
+
+def worker_roles(cfg: DictConfig) -> tuple[Role, ...]:
+    """Roles of the workers that `fleet` has."""
+    present = {plan.spec.role for plan in groups(cfg)}
+    return tuple(role for role in WORKERS if role in present)
+
+
+def runs_work(cfg: DictConfig) -> bool:
+    """Whether the run has a job executor for work other than serving."""
+    return bool(worker_roles(cfg) or cfg.jobs.sources)
 
 
 def dispatch_policy(cfg: DictConfig, job_executor: str) -> DispatchPolicy:
@@ -313,7 +367,7 @@ def scaling_policy(cfg: DictConfig) -> ScalingPolicy:
     return policy
 
 
-def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Recorder) -> ControlPlane[Client]:
+def control_plane(cfg: DictConfig, arrivals: Iterable[AnyArrival], recorder: Recorder) -> ControlPlane[Client]:
     """Client, job executors (each with a policy object of its own) and cluster manager."""
     names = job_executor_names(cfg)
     job_executors = [
@@ -321,10 +375,12 @@ def control_plane(cfg: DictConfig, arrivals: Iterable[Arrival], recorder: Record
         for number, name in enumerate(names)
     ]
     scaling = scaling_policy(cfg)
-    client = Client(arrivals, names, stream(cfg.seed, "client"), cfg.trace.closed_loop, cfg.start_when_ready)
+    work = WorkJobExecutor(names, worker_roles(cfg), cfg.max_attempts) if runs_work(cfg) else None
+    closed_loop, rng = cfg.trace.closed_loop or bool(cfg.jobs.sources), stream(cfg.seed, "client")
+    client = Client(arrivals, names, rng, closed_loop, cfg.start_when_ready, work is not None)
     limit: int | None = typed(cfg.fleet.get("npus"), int | None, "fleet.npus")  # type: ignore[arg-type]
     manager = ClusterManager(groups(cfg), scaling, names, npus=limit)
-    return ControlPlane(client, job_executors, manager, recorder)
+    return ControlPlane(client, job_executors, manager, recorder, work)
 
 
 def objectives(cfg: DictConfig) -> tuple[Slo, Window]:
@@ -378,7 +434,7 @@ def engine_policy(node: dict[str, Any], kind: type, where: str) -> PolicySpec:
 
 def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
     """The configured backend. `folder`: where real engines write their logs."""
-    actors = ["client", *job_executor_names(cfg), "cm"]
+    actors = ["client", *job_executor_names(cfg), "cm", *([WORK] if runs_work(cfg) else [])]
     if cfg.backend.name == "sim":
         return sim_cluster(cfg, actors)
     return real_cluster(cfg, actors, folder)
@@ -387,15 +443,23 @@ def cluster(cfg: DictConfig, folder: Path | None) -> Cluster:
 def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     """What an executor spec runs on in simulation."""
     from sim.coldstart import ColdStart
-    from sim.node import Node
+    from sim.contention import Contention
+    from sim.latency import Fitted
+    from sim.node import Node, WorkNode
 
     cold = typed(cfg.coldstart, ColdStart, "coldstart")
     entries = group_entries(cfg)
     profiled(cfg, entries)
     made: dict[tuple[Any, ...], Node] = {}
+    workers: dict[ExecutorSpec, WorkNode] = {}
 
-    def node_for(spec: ExecutorSpec) -> Node:
+    def node_for(spec: ExecutorSpec) -> Node | WorkNode:
         entry = entries[spec]
+        if spec.role in WORKERS:
+            if spec not in workers:
+                host = hardware_of(cfg, spec).host() if spec.npus else None
+                workers[spec] = WorkNode(entry.slots, work_times(cfg, spec), worker_stages(cfg, spec), host)
+            return workers[spec]
         shape = entry.shape
         kind = (shape, spec.npus, spec.hardware, entry.profile)  # copies of a model are alike
         if kind not in made:
@@ -409,7 +473,9 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 kv_bytes_per_token=shape.kv_bytes_per_token,
                 kv_segments=pieces_per_run(engine.kv_layout, shape.layers),
                 host=hardware.host(),
-                contention=hardware.contention,
+                contention=Contention.of(hardware.contention),
+                kv_host_s=hardware.kv_host_s,
+                noise=model.noise if isinstance(model, Fitted) else None,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
                 load=cold.loading(shape.weight_bytes, shape.weight_bytes_on(spec.npus), shape.pipeline_stages),
@@ -421,11 +487,40 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
     return node_for
 
 
+def work_times(cfg: DictConfig, spec: ExecutorSpec) -> OperationTime:
+    """How long tasks other than tools take on a worker. Jobs train models that the fleet serves."""
+    from sim.training import WorkTimes
+
+    shapes = {spec.model: entry.shape for spec, entry in group_entries(cfg).items() if spec.role not in WORKERS}
+
+    def shape_named(name: str) -> ModelShape:
+        if name not in shapes:
+            raise ValueError(
+                f"a job trains {name!r}: allowed are the models that fleet.groups serves, as {next(iter(shapes))}"
+            )
+        return shapes[name]
+
+    return WorkTimes(hardware_of(cfg, spec), shape_named)
+
+
+def worker_stages(cfg: DictConfig, spec: ExecutorSpec) -> list[tuple[Stage, int]]:
+    """Start-up stages of a worker: those of a serving executor without weights, on a CPU without an NPU to set up."""
+    from sim.coldstart import ColdStart
+
+    cold = typed(cfg.coldstart, ColdStart, "coldstart")
+    cold = msgspec.structs.replace(cold, load_setup_s=0.0, te_post_load_s=0.0)
+    return (msgspec.structs.replace(cold, te_pre_load_s=0.0) if spec.role is Role.CPU else cold).stages()
+
+
 def profiled(cfg: DictConfig, entries: Mapping[ExecutorSpec, GroupEntry]) -> None:
     """ValueError: one file of measured steps is to speak for several kinds of executors."""
     if "path" not in cfg.latency:
         return
-    kinds = {(entry.shape.name, spec.npus, spec.hardware) for spec, entry in entries.items() if not entry.profile}
+    kinds = {
+        (entry.shape.name, spec.npus, spec.hardware)
+        for spec, entry in entries.items()
+        if not entry.profile and spec.role not in WORKERS
+    }
     if len(kinds) > 1:
         said = ", ".join(f"{model} on {npus} x {name or cfg.hardware.name}" for model, npus, name in sorted(kinds))
         raise ValueError(
@@ -440,7 +535,7 @@ def latency_model(cfg: DictConfig, hardware: Hardware, shape: ModelShape, npus: 
         from sim.profile import load_latency
 
         return load_latency(profile)
-    model: LatencyModel = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=npus)
+    model: LatencyModel = build(cfg.latency, "latency", hardware=hardware, shape=shape, npus=npus, seed=cfg.seed)
     return model
 
 
@@ -466,13 +561,14 @@ def sim_hosts(cfg: DictConfig, node_for: Callable[[ExecutorSpec], Any]) -> "Host
     from sim.topology import Hosts, Topology
 
     entries = group_entries(cfg)
-    weights = {spec.model: entry.shape.weight_bytes for spec, entry in entries.items()}
+    weights = {spec.model: entry.shape.weight_bytes for spec, entry in entries.items() if spec.role not in WORKERS}
     preloaded = tuple(reversed(weights.items())) if cfg.coldstart.get("preloaded") else ()  # popular ones leave last
     hosts = Hosts(cfg.backend.hosts, preloaded)
     topology = Topology(hosts)
     for spec, entry in entries.items():
-        for executor in range(entry.plan.initial):
-            if topology.place(f"{spec} {executor}", node_for(spec).host, spec.npus) is None:
+        host = node_for(spec).host
+        for executor in range(entry.plan.initial if host is not None else 0):
+            if topology.place(f"{spec} {executor}", host, spec.npus) is None:
                 raise ValueError(
                     f"backend.hosts is {hosts.count}: {spec.role} executor {executor + 1} of {spec.model}, which takes "
                     f"{spec.npus} NPUs, has no room; give more hosts, or null for as many as needed"
@@ -513,14 +609,20 @@ def notes(cluster: Cluster) -> list[str]:
 
 def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "RealCluster":
     from flowserve.runtime.wire import NullDevice, TorchDevice
-    from real.cluster import Engine, RealCluster
+    from real.cluster import Engine, RealCluster, WorkEngine
     from real.metrics import ServingMetrics
 
-    backend, found = cfg.backend, served(cfg)
+    backend, found, entries = cfg.backend, served(cfg), group_entries(cfg)
+    null = device_name(cfg) == "null"
+    if not null and any(spec.role is Role.TRAINING for spec in entries):
+        raise ValueError(
+            f"fleet.groups has a training group, but backend.device is {device_name(cfg)}: nothing here trains on "
+            "a device; take backend=sim, or backend.device=null, where training sleeps for as long as it would take"
+        )
     vocab = {name: shape_of(cfg, node).vocab for name, node in found.items()}
     devices: dict[str, NullDevice | TorchDevice] = {}
     for name in found:
-        if device_name(cfg) == "null":
+        if null:
             acceptance = Acceptance(backend.draft_acceptance, cfg.seed)
             devices[name] = NullDevice(backend.step_s, backend.prefill_token_s, vocab[name], acceptance)
         else:
@@ -534,7 +636,12 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
                 draft_model(cfg, name),
                 backend.memory_share,
             )
-    engines = {group.spec: Engine(engine_config(cfg, group.spec), devices[group.spec.model]) for group in groups(cfg)}
+    engines: dict[ExecutorSpec, Engine | WorkEngine] = {}
+    for spec, entry in entries.items():
+        if spec.role in WORKERS:
+            engines[spec] = WorkEngine(entry.slots, work_times(cfg, spec))
+        else:
+            engines[spec] = Engine(engine_config(cfg, spec), devices[spec.model])
     logs = None
     if folder is not None:
         logs = folder / "engines"

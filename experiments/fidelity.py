@@ -49,25 +49,36 @@ def simulated_config(
     overrides: list[str], profile: Path, measured: Profile, config_dirs: list[str] | None = None
 ) -> DictConfig:
     """The same run, simulated: step times, message delays and start-up stages from the profile."""
-    stages = measured.stages_s
-    assert measured.dispatch_s is not None and measured.event_s is not None, "a profile measured here has them"
-    own = [
-        "backend=sim",
+    own = ["backend=sim", *used_profile(profile, measured)]
+    return compose([*REAL_BASE, *own, *_without_backend(overrides)], config_dirs)
+
+
+def used_profile(path: Path, profile: Profile) -> list[str]:
+    """The overrides of a simulation that uses a profile, which is in that file."""
+    stages = profile.stages_s
+    assert profile.dispatch_s is not None and profile.event_s is not None, "a profile measured here has them"
+    contention = ",".join(f"{name}:{value}" for name, value in msgspec.to_builtins(profile.contention).items())
+    return [
         "latency=profile",
-        f"latency.path={profile.resolve()}",
+        f"latency.path={path.resolve()}",
         f"coldstart.scaler_pre_s={stages['scaler_pre']}",
         f"coldstart.te_pre_load_s={stages['te_pre_load']}",
         f"coldstart.load_setup_s={stages['te_load']}",
         "coldstart.load=none",
         f"coldstart.te_post_load_s={stages['te_post_load']}",
         f"coldstart.scaler_post_s={stages['scaler_post']}",
-        f"backend.delays.dispatch_s={measured.dispatch_s}",
-        f"backend.delays.event_s={measured.event_s}",
-        f"backend.delays.peer_s={measured.dispatch_s + measured.event_s}",
+        f"backend.delays.dispatch_s={profile.dispatch_s}",
+        f"backend.delays.event_s={profile.event_s}",
+        f"backend.delays.peer_s={profile.dispatch_s + profile.event_s}",
         "backend.delays.decision_s=0",
-        f"hardware.contention={measured.contention}",
+        f"hardware.contention={{{contention}}}",
+        f"hardware.kv_host_s={profile.handover_s or 0.0}",
     ]
-    return compose([*REAL_BASE, *own, *_without_backend(overrides)], config_dirs)
+
+
+def slug(label: str) -> str:
+    """A label as the name of a folder."""
+    return "".join(character if character.isalnum() or character in "._-" else "_" for character in label)
 
 
 def pair(

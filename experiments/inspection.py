@@ -14,8 +14,9 @@ from cluster.actions import Action
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.events import Event
+from cluster.jobs.record import JobRow
 from cluster.recorder import Recorder
-from cluster.vocabulary import NS_PER_S, to_ns
+from cluster.vocabulary import NS_PER_S, WORKERS, to_ns
 from experiments import build
 from experiments import snapshot as snapshots
 from experiments.task_log import TaskLog
@@ -157,6 +158,8 @@ class Inspection:
 
     def _executor(self, name: str) -> SimExecutor:
         if name not in self.cluster.executors:
+            if name in self.cluster.workers:
+                raise ValueError(f"executor {name!r} is a worker: leave executor= out, its tasks are counted there")
             known = ", ".join(self.cluster.executors) or "none"
             raise ValueError(f"executor {name!r} is not up at {self.now_s:g} s: there are {known}")
         return self.cluster.executors[name]
@@ -168,8 +171,12 @@ class Inspection:
         recorder, client = self.control.recorder, self.control.client
         yield f"t = {self.now_s:.6f} s{' (over)' if self.over else ''}, simulated again {self.began}"
         yield self.verdict()
-        parked = sum(load.parked for load in self.control.manager.loads().values())
+        loads = self.control.manager.loads()
+        parked = sum({spec.model: load.parked for spec, load in loads.items() if spec.role not in WORKERS}.values())
         yield f"{recorder.ended} requests have ended, {len(client.due)} are open, {parked} wait for an executor"
+        tasks = sum(load.parked for spec, load in loads.items() if spec.role in WORKERS)
+        if tasks:
+            yield f"{tasks} tasks wait for a worker"
         rows: list[tuple[str, ...]] = [
             ("executor", "role", "wait", "run", "in flight", "KV used", "cached", "tiers", "hits")
         ]
@@ -190,6 +197,9 @@ class Inspection:
                     str(sum(node.hits for node in rtc.nodes())),
                 )
             )
+        for name, each in self.cluster.workers.items():
+            slots, role = each.worker.slots, str(each.worker.shell.spec.role)
+            rows.append((name, role, str(slots.waiting), str(len(slots.running)), *["–"] * 5))
         yield from _table(rows)
 
     def verdict(self) -> str:
@@ -261,6 +271,11 @@ class Inspection:
                 f"request {request_id}: {recorder.outcomes[row]} {recorder.reasons[row]}".rstrip()
                 + f", {columns['prompt_tokens'][row]} prompt tokens, {columns['output_tokens'][row]} generated"
             )
+        elif jobs := [row for row in self._jobs() if row.request_id == request_id]:
+            said = [f"{row.kind} {row.outcome} {row.reason}".rstrip() for row in jobs]
+            yield f"request {request_id}: {', '.join(said)}"
+        elif any(task.request_id == request_id for task in self.tasks.tasks):
+            yield f"request {request_id}: a job's call, open"
         else:
             raise ValueError(f"request {request_id} has not arrived at {self.now_s:g} s")
         for task in self.tasks.tasks:
@@ -277,6 +292,9 @@ class Inspection:
                 yield "    " + ", ".join(
                     f"{name} {value}" for name, value in zip(names, _row(sequence)[1:], strict=True)
                 )
+
+    def _jobs(self) -> list[JobRow]:
+        return [] if self.control.work is None else self.control.work.recorder.rows
 
     def _wait(self, sequence: Sequence) -> str:
         due = self.control.client.due.get(_id(sequence))
@@ -394,7 +412,9 @@ def describe(what: Event | Action) -> str:
             continue
         if name in ("task", "request"):
             request = getattr(value, "request", value)
-            parts.append(f"request={request.request_id} prompt={request.prompt_tokens}")
+            works = getattr(value, "operation", getattr(value, "work", None))
+            what_of = f"prompt={request.prompt_tokens}" if works is None else f"work={type(works).__name__}"
+            parts.append(f"request={request.request_id} {what_of}")
         else:
             parts.append(f"{name}={value}")
     return f"{type(what).__name__} {' '.join(parts)}"

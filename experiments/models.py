@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from cluster.vocabulary import WORKERS
 from experiments.config import CONF, typed
 from sim.model_shape import ModelShape
 
@@ -24,13 +25,16 @@ def served(cfg: DictConfig) -> dict[str, DictConfig]:
 
 
 def by_group(cfg: DictConfig) -> list[tuple[DictConfig, list[str]]]:
-    """For each entry of `fleet.groups` its model, and the names under which that is served."""
+    """For each entry of `fleet.groups` its model, and the names under which that is served: none for workers."""
     nodes: dict[str, DictConfig] = {"": cfg.model}
-    entries = []
+    entries: list[tuple[DictConfig, list[str]]] = []
     for number, group in enumerate(cfg.fleet.groups):
         option = str(group.get("model", ""))
         if option not in nodes:
             nodes[option] = _option(option, f"fleet.groups[{number}].model")
+        if group.get("role") in WORKERS:
+            entries.append((nodes[option], []))
+            continue
         name, copies = shape_of(cfg, nodes[option]).name, group.get("copies", 0)
         entries.append((nodes[option], [f"{name}-{copy}" for copy in range(copies)] if copies else [name]))
     return entries

@@ -5,6 +5,7 @@
 | requests.parquet | request | deepflow-requests/1 |
 | executors.parquet | load report | deepflow-executors/2 |
 | scaling.parquet | step in the life of an executor | deepflow-scaling/2 |
+| jobs.parquet | job other than serving, where a run has such | deepflow-jobs/1 |
 | timeline.json | span, for ui.perfetto.dev | deepflow-timeline/2 |
 | summary.json | metric, and what the run rests on | deepflow-summary/1 |
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from cluster.jobs.record import JobRecorder, JobRow
 from cluster.metrics import RequestTable, Slo, Window
 from cluster.recorder import NONE, Recorder
 from cluster.vocabulary import NS_PER_S, Stage
@@ -35,6 +37,7 @@ SCHEMAS = {
     "requests.parquet": "deepflow-requests/1",
     "executors.parquet": "deepflow-executors/2",
     "scaling.parquet": "deepflow-scaling/2",
+    "jobs.parquet": "deepflow-jobs/1",
     "summary.json": "deepflow-summary/1",
     "timeline.json": timeline.SCHEMA,
 }
@@ -59,9 +62,10 @@ def write_run(
     slo: Slo,
     window: Window,
     spans: timeline.Spans | None = None,
+    jobs: JobRecorder | None = None,
 ) -> None:
     """Write all files of a finished run. `summary`: the metrics, as `cluster.metrics.summarise` gives them. `spans`:
-    what happened when, for the timeline.
+    what happened when, for the timeline. `jobs`: what was recorded of jobs other than serving.
 
     `provenance` may say anything that JSON can; the report looks for these keys, all optional: `backend` (sim or
     real), `basis` (what the times rest on, as "kind: source" or a list of such; kinds are measured, published, derived,
@@ -74,6 +78,8 @@ def write_run(
     _write_table(folder / "requests.parquet", _request_columns(recorder, slo, window))
     _write_table(folder / "executors.parquet", _executor_columns(recorder))
     _write_table(folder / "scaling.parquet", _scaling_columns(recorder))
+    if jobs is not None and jobs.rows:
+        _write_table(folder / "jobs.parquet", _job_columns(jobs))
     timeline.write_timeline(folder / "timeline.json", recorder, spans or timeline.Spans(TaskLog(0)))
     _write_json(
         folder / "summary.json",
@@ -134,6 +140,17 @@ def read_scaling(folder: Path) -> "pd.DataFrame":
     executor that they were forked from and what joins the two; empty where the backend does not say.
     """
     return _read_table(folder / "scaling.parquet")
+
+
+def read_jobs(folder: Path) -> "pd.DataFrame":
+    """One row per job other than serving, in order of their start. ValueError: no such file, or one of another schema.
+
+    `request_id`: of the request it belongs to, the same for the jobs of one fine-tuning; `kind`: agent, preprocess,
+    train or evaluate; `started_s`, `jct_s` (none where it did not end); `waited_s`, `ran_s`: of its tasks, added up;
+    `npu_s`: NPUs times the time its tasks ran; `tokens`, `steps`: of training and preprocessing; `calls` of the LLM and
+    `generated_tokens` of their answers.
+    """
+    return _read_table(folder / "jobs.parquet")
 
 
 def _existing(path: Path) -> Path:
@@ -214,6 +231,33 @@ def _scaling_columns(recorder: Recorder) -> dict[str, Any]:
         "what": [what for _, _, what, _ in steps],
         "took_s": np.array([took for _, _, _, took in steps], np.int64) / NS_PER_S,
         "source": [recorder.weights_from.get(name, "") if what == Stage.TE_LOAD else "" for _, name, what, _ in steps],
+    }
+
+
+def _job_columns(jobs: JobRecorder) -> dict[str, Any]:
+    rows = jobs.rows
+
+    def column(name: str) -> Any:
+        return np.fromiter((getattr(row, name) for row in rows), np.int64, len(rows))
+
+    def seconds(name: str) -> Any:
+        return column(name) / NS_PER_S
+
+    def took(row: JobRow) -> float:
+        return math.nan if row.ended_ns is None else (row.ended_ns - row.started_ns) / NS_PER_S
+
+    texts = {name: [getattr(row, name) for row in rows] for name in ("kind", "tenant", "outcome", "reason")}
+    counts = ("calls", "tasks", "failed_tasks", "tokens", "steps", "generated_tokens")
+    return {
+        "request_id": column("request_id"),
+        **texts,
+        "arrived_s": seconds("arrived_ns"),
+        "started_s": seconds("started_ns"),
+        "jct_s": np.array([took(row) for row in rows]),
+        "waited_s": seconds("waited_ns"),
+        "ran_s": seconds("ran_ns"),
+        "npu_s": seconds("npu_ns"),
+        **{name: column(name) for name in counts},
     }
 
 

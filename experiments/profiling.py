@@ -1,82 +1,260 @@
 """Measuring the engine here: a closed-loop load that covers light to full batches, and what its steps took."""
 
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cluster.actions import DispatchTask
-from cluster.decision_log import Decision
-from cluster.events import FirstToken
+from cluster.events import FirstToken, RequestArrived
 from cluster.latency import StepShape
 from cluster.recorder import Recorder
-from cluster.request import Answer, Arrival, Request, Trigger
-from cluster.streams import stream
-from cluster.vocabulary import Stage, to_s
-from experiments import build
+from cluster.request import Arrival
+from cluster.vocabulary import NS_PER_S, Stage, to_s
+from experiments import build, profile_load
+from experiments.bystanders import Bystanders, await_idle
 from experiments.commands.replay import read_decisions
+from experiments.config import CONF
 from experiments.progress import ProgressBar
 from experiments.run import drive
 from flowserve.core.messages import Dispatch
-from flowserve.core.record import TurnRecord, read_turns
+from flowserve.core.record import StepSpan, TurnRecord, read_turns
+from real.cluster import RealCluster
 from sim import profile as profiles
+from sim.contention import Contention
 
-CONCURRENCY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 2, 1)
-"""Requests at a time per engine, one phase each."""
+MORE_LAUNCHES = 3
+"""So many more than asked for at most, where others disturb."""
+
+PATIENCE_S = 60.0
+"""How long to wait for an idle machine before each launch."""
 
 WARM_UP_STEPS = 10
 
-IDLE_NS = 2_000_000
-"""An engine that did nothing for so long was waiting for a message."""
+FEWEST_HANDOVERS = 10
+"""Steps with and without a fetch that it takes to compare them."""
+
+APART_NS = 5_000_000
+"""Requests that come so long after another do not wait for what the control plane does about that."""
+
+
+class Measured(NamedTuple):
+    """A step of an engine, or process, by number. `busy`: what the other engines did meanwhile; `probe`: of the load
+    that is there to tell what that does; `disturbed`: others used the machine.
+    """
+
+    shape: StepShape
+    took_ns: int
+    busy: profiles.Shares
+    engine: int
+    probe: bool
+    disturbed: bool
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What one launch of the engines told, under the whole load. `there`, `back`: what messages took, in ns."""
+
+    steps: list[Measured]
+    there: list[int]
+    back: list[int]
+    stages_s: dict[str, float]
+
+    @property
+    def undisturbed(self) -> int:
+        """How many of its steps are."""
+        return sum(not step.disturbed for step in self.steps)
 
 
 def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
-    """Run the profiling load on the configured real engines, all at once, and fit a latency model to its steps."""
+    """Run the profiling load on the configured real engines, all at once, and fit a latency model to its steps.
+
+    The engines are launched `profile_launches` times, because where a process's memory lies makes it faster or slower;
+    if more than once, then again where other work on the machine has spoilt more than it left.
+    """
+    wanted = cfg.profile_launches
+    launches: list[Launch] = []
+    for number in range(wanted + MORE_LAUNCHES if wanted > 1 else wanted):
+        launches.append(measure_launch(cfg, folder / f"launch{number}", PATIENCE_S if wanted > 1 else 0.0))
+        if sum(each.undisturbed for each in launches) >= 0.8 * wanted * len(launches[0].steps):
+            break
+    return profile_of(cfg, launches, measure_handovers(cfg, folder / "handovers", PATIENCE_S if wanted > 1 else 0.0))
+
+
+def profile_of(cfg: DictConfig, launches: Sequence[Launch], handovers: "Handovers | None" = None) -> profiles.Profile:
+    """A profile of all that was measured."""
+    engines = _engines(cfg)
+    steps = [
+        step._replace(engine=step.engine + number * engines)
+        for number, launch in enumerate(launches)
+        for step in launch.steps
+    ]
+    profile = fitted(
+        steps,
+        machine=f"{platform.machine()}, {_processor()}",
+        model=build.model_name(cfg),
+        engines=engines,
+        dispatch_s=to_s(int(np.median([took for launch in launches for took in launch.there]))),
+        event_s=to_s(int(np.median([took for launch in launches for took in launch.back]))),
+        stages_s={stage: float(np.median([launch.stages_s[stage] for launch in launches])) for stage in Stage},
+    )
+    return profile if handovers is None else msgspec.structs.replace(profile, handover_s=handovers.took_s(profile))
+
+
+def fitted(
+    steps: list[Measured],
+    machine: str,
+    model: str,
+    engines: int,
+    dispatch_s: float | None,
+    event_s: float | None,
+    stages_s: dict[str, float],
+) -> profiles.Profile:
+    """A profile of measured steps. Those that others disturbed are left out, unless that leaves next to none."""
+    usable = [step for step in steps if not step.disturbed]
+    if len(usable) < len(steps) / 5:
+        usable = steps
+    probe = [step for step in usable if step.probe]
+    contention = Contention()
+    if probe:
+        contention = profiles.contention_of(
+            [(step.shape, step.took_ns) for step in probe],
+            [step.busy for step in probe],
+            [step.engine for step in probe],
+        )
+    freed = profiles.alone([(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], contention)
+    latency = profiles.fit(freed)
+    error, residuals = profiles.held_out(freed)
+    return profiles.Profile(
+        schema=profiles.SCHEMA,
+        machine=machine,
+        time=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions={name: version(name) for name in ("torch", "numpy")},
+        model=model,
+        engines=engines,
+        steps=len(usable),
+        contention=contention,
+        residuals=residuals,
+        disturbed=sum(step.disturbed for step in steps) / len(steps),
+        coefficients_ns=list(latency.coefficients_ns),
+        knots=list(latency.knots),
+        held_out=error,
+        ranges=profiles.feature_ranges(freed),
+        dispatch_s=dispatch_s,
+        event_s=event_s,
+        stages_s=stages_s,
+    )
+
+
+class Handovers(msgspec.Struct, frozen=True):
+    """Steps of an engine that decodes what another one has prefilled. `fetches`: KV caches fetched before each."""
+
+    steps: list[Measured]
+    fetches: list[int]
+
+    def took_s(self, profile: profiles.Profile) -> float | None:
+        """How much longer a step takes for a fetch ahead of it; None where there is too little to tell."""
+        model = profiles.model_of(profile)
+        freed = profiles.alone(
+            [(step.shape, step.took_ns) for step in self.steps], [step.busy for step in self.steps], profile.contention
+        )
+        excess = np.array([took - model.step_ns(shape) for shape, took in freed])
+        fetches = np.array(self.fetches)
+        if min((fetches == 0).sum(), (fetches == 1).sum()) < FEWEST_HANDOVERS:
+            return None
+        return max(0.0, float(np.median(excess[fetches == 1]) - np.median(excess[fetches == 0])) / NS_PER_S)
+
+
+def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
+    """Launch the engines, once others leave the machine alone, and run the load; what was measured stays in `folder`,
+    and where it is there already, nothing is run.
+    """
+    file = folder / "launch.json"
+    if file.is_file():
+        return msgspec.json.decode(file.read_bytes(), type=Launch)
+    sizes = (_engines(cfg), cfg.engine.max_sequences, cfg.profile_max_prompt)
+    load = profile_load.load(build.model_name(cfg), *sizes, cfg.seed)
+    recorder, steps = _run(cfg, load.arrivals, folder, patience_s)
+    numbers, ends = (recorder.requests[name].tolist() for name in ("request_id", "last_token_ns"))
+    probe_end = max((end for number, end in zip(numbers, ends, strict=True) if number < load.probe), default=0)
+    measured = [_measured(step, probe_end) for step in steps]
+    launch = Launch(measured, *message_delays(folder), stage_times(recorder))
+    file.write_bytes(msgspec.json.encode(launch))
+    return launch
+
+
+def measure_handovers(cfg: DictConfig, folder: Path, patience_s: float) -> Handovers:
+    """Launch a prefill and a decode engine instead, and see what fetching KV cache costs the one that decodes."""
+    file = folder / "handovers.json"
+    if file.is_file():
+        return msgspec.json.decode(file.read_bytes(), type=Handovers)
+    cfg = cfg.copy()
+    cfg.fleet = OmegaConf.load(CONF / "fleet" / "pd_1p1d.yaml")
+    arrivals = profile_load.handovers(build.model_name(cfg), cfg.profile_max_prompt, cfg.seed)
+    _, steps = _run(cfg, arrivals, folder, patience_s)
+    decoded = [step for step in steps if step.engine == 1 and not step.disturbed]
+    handovers = Handovers([_measured(step, 0) for step in decoded], [step.fetches for step in decoded])
+    file.write_bytes(msgspec.json.encode(handovers))
+    return handovers
+
+
+class _Step(NamedTuple):
+    engine: int
+    span: StepSpan
+    busy: profiles.Shares
+    disturbed: bool
+    fetches: int
+
+
+def _measured(step: _Step, probe_end: int) -> Measured:
+    span = step.span
+    probe = span.end_ns <= probe_end
+    return Measured(span.shape, span.end_ns - span.start_ns, step.busy, step.engine, probe, step.disturbed)
+
+
+def _run(cfg: DictConfig, arrivals: list[Arrival], folder: Path, patience_s: float) -> tuple[Recorder, list[_Step]]:
+    """Run a load on the configured engines: what the control plane recorded, and the engines' steps."""
     build.check_types(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    engines = sum(group.initial for group in build.groups(cfg))
-    arrivals = list(load(build.model_name(cfg), engines, cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed))
-    recorder = Recorder()
     cfg = cfg.copy()
     cfg.backend.record, cfg.trace.closed_loop = True, True
+    cfg.dispatch = {"_target_": "experiments.profile_load.ByNumber"}
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder()
     control = build.control_plane(cfg, arrivals, recorder)
+    await_idle(patience_s)
     with (
+        Bystanders() as bystanders,
         build.cluster(cfg, folder) as cluster,
         (folder / "decisions.jsonl").open("wb") as log,
-        ProgressBar(len(arrivals), "profiling", enabled=cfg.progress) as bar,
+        ProgressBar(len(arrivals), f"profiling, {folder.name}", enabled=cfg.progress) as bar,
     ):
         control.log_to(log)
         if drive(control, cluster, bar, simulated=False):
             raise KeyboardInterrupt  # half a load is no profile
-    steps, busy = measured_steps(
-        [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-    )
-    contention = profiles.contention_of(steps, busy)
-    steps = profiles.alone(steps, busy, contention)
-    dispatch_s, event_s = message_delays(folder)
-    model = profiles.fit(steps)
-    return profiles.Profile(
-        schema=profiles.SCHEMA,
-        machine=f"{platform.machine()}, {_processor()}",
-        time=datetime.now().astimezone().isoformat(timespec="seconds"),
-        versions={name: version(name) for name in ("torch", "numpy")},
-        model=build.model_name(cfg),
-        engines=engines,
-        steps=len(steps),
-        contention=contention,
-        coefficients_ns=list(model.coefficients_ns),
-        knots=list(model.knots),
-        held_out=profiles.held_out_error(steps),
-        ranges=profiles.feature_ranges(steps),
-        dispatch_s=dispatch_s,
-        event_s=event_s,
-        stages_s=stage_times(recorder),
-    )
+        assert isinstance(cluster, RealCluster)
+        began = time.monotonic_ns() - cluster.now()
+    turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
+    fetches = [{turn.end_ns: len(turn.transfers) for turn in each} for each in turns]
+    return recorder, [
+        _Step(
+            engine,
+            span,
+            busy,
+            bystanders.disturb(began + span.start_ns, began + span.end_ns),
+            fetches[engine][span.end_ns],
+        )
+        for engine, span, busy in steps_of(turns)
+    ]
+
+
+def _engines(cfg: DictConfig) -> int:
+    return sum(group.initial for group in build.groups(cfg))
 
 
 def from_logs(cfg: DictConfig, paths: list[Path]) -> profiles.Profile:
@@ -85,77 +263,61 @@ def from_logs(cfg: DictConfig, paths: list[Path]) -> profiles.Profile:
     """
     from experiments.step_logs import read_steps
 
-    shape = build.model_shape(cfg)
-    steps = [step for path in paths for step in read_steps(path, shape.layers, shape.head_dim)]
-    model = profiles.fit(steps)
-    return profiles.Profile(
-        schema=profiles.SCHEMA,
-        machine="of the log",
-        time=datetime.now().astimezone().isoformat(timespec="seconds"),
-        versions={},
-        model=", ".join(path.name for path in paths),
-        engines=len(paths),
-        steps=len(steps),
-        contention=0.0,
-        coefficients_ns=list(model.coefficients_ns),
-        knots=list(model.knots),
-        held_out=profiles.held_out_error(steps),
-        ranges=profiles.feature_ranges(steps),
-        dispatch_s=None,
-        event_s=None,
-        stages_s={},
-    )
+    model = build.model_shape(cfg)
+    steps = [
+        Measured(shape, took_ns, profiles.ALONE, engine, False, False)
+        for engine, path in enumerate(paths)
+        for shape, took_ns in read_steps(path, model.layers, model.head_dim)
+    ]
+    profile = fitted(steps, "of the log", ", ".join(path.name for path in paths), len(paths), None, None, {})
+    return msgspec.structs.replace(profile, versions={}, disturbed=None)
 
 
-def load(model: str, engines: int, max_sequences: int, max_prompt: int, seed: int) -> Iterator[Arrival]:
-    """Phases of more and more requests at a time; each phase begins when the last has ended.
+def steps_of(engines: list[list[TurnRecord]]) -> list[tuple[int, StepSpan, profiles.Shares]]:
+    """(engine, step, what the other engines computed during it) of all completed plans but each engine's first few.
 
-    Lengths are log-uniform: 8 to `max_prompt` tokens in, 8 to 96 out.
+    A step counts from the end of the one before, so that all that the host does is in it; from its own start where the
+    engine had nothing to do before.
     """
-    rng = stream(seed, "profiling load")
-    number, ended = 0, 0
-    for concurrency in CONCURRENCY:
-        users = engines * min(concurrency, max_sequences)
-        rounds = 6 if concurrency <= 2 else 3
-        for turn in range(rounds):
-            for _ in range(users):
-                prompt = int(np.exp(rng.uniform(np.log(8), np.log(max_prompt))))
-                output = int(np.exp(rng.uniform(np.log(8), np.log(96))))
-                after = Trigger("ended", request_id=number - users) if turn else Trigger("ended", count=ended)
-                yield Arrival(Request(number, prompt, 128, model), Answer(output), after=after)
-                number += 1
-        ended += users * rounds
+    spans = [list(_spans(turns)) for turns in engines]
+    ends = [_Overlap(steps) for steps in spans]
+    found = []
+    for number, steps in enumerate(spans):
+        others = [overlap for other, overlap in enumerate(ends) if other != number]
+        for step in steps[WARM_UP_STEPS:]:
+            shares = [other.of(step.start_ns, step.end_ns) for other in others]
+            busy = profiles.Shares(sum(each.decode for each in shares), sum(each.prefill for each in shares))
+            found.append((number, step, busy))
+    return found
 
 
-def measured_steps(engines: list[list[TurnRecord]]) -> tuple[list[tuple[StepShape, int]], list[float]]:
-    """(shape, ns) of the completed plans, and the mean number of other engines that computed during each.
-
-    A step counts from the end of the one before, or from its own start after a pause.
-    """
-    spans = [np.array([(turn.start_ns, turn.end_ns) for turn in turns if turn.done is not None]) for turns in engines]
-    steps: list[tuple[StepShape, int]] = []
-    busy: list[float] = []
-    for number, turns in enumerate(engines):
-        others = [span for other, span in enumerate(spans) if other != number and len(span)]
-        last_end, warm = turns[0].start_ns, 0
-        shapes: dict[int, StepShape] = {}
-        for turn in turns:
-            shapes |= {plan.number: plan.shape for plan in turn.plans}
-            if turn.done is not None:
-                start = last_end if turn.start_ns - last_end < IDLE_NS else turn.start_ns
-                warm += 1
-                if warm > WARM_UP_STEPS:
-                    steps.append((shapes[turn.done], turn.end_ns - start))
-                    busy.append(sum(_overlap(span, start, turn.end_ns) for span in others))
-            last_end = turn.end_ns
-    return steps, busy
+def _spans(turns: list[TurnRecord]) -> Iterator[StepSpan]:
+    shapes: dict[int, StepShape] = {}
+    last_end: int | None = None
+    for turn in turns:
+        shapes |= {plan.number: plan.shape for plan in turn.plans}
+        if turn.done is not None:
+            start = turn.start_ns if last_end is None else last_end
+            yield StepSpan("", start, turn.end_ns, 1, shapes.pop(turn.done))
+        last_end = None if turn.done is None else turn.end_ns
 
 
-def _overlap(spans: npt.NDArray[np.int64], start: int, end: int) -> float:
-    """The share of [start, end) that lies within the (start, end) rows, which rise and do not overlap."""
-    first, behind = np.searchsorted(spans[:, 1], start), np.searchsorted(spans[:, 0], end)
-    inside = np.minimum(spans[first:behind, 1], end) - np.maximum(spans[first:behind, 0], start)
-    return float(inside.sum() / (end - start))
+class _Overlap:
+    """When an engine computed what."""
+
+    def __init__(self, steps: list[StepSpan]) -> None:
+        self._times = np.array([(step.start_ns, step.end_ns) for step in steps], dtype=np.int64).reshape(-1, 2)
+        self._prefills = np.array([step.shape.prefill_tokens > 0 for step in steps], dtype=bool)
+
+    def of(self, start: int, end: int) -> profiles.Shares:
+        """The shares of [start, end) that it spent on decodes alone, and on steps with prompts."""
+        times = self._times
+        first, behind = np.searchsorted(times[:, 1], start), np.searchsorted(times[:, 0], end)
+        inside = np.minimum(times[first:behind, 1], end) - np.maximum(times[first:behind, 0], start)
+        prefills = self._prefills[first:behind]
+        return profiles.Shares(
+            float(inside[~prefills].sum() / (end - start)), float(inside[prefills].sum() / (end - start))
+        )
 
 
 def stage_times(recorder: Recorder) -> dict[str, float]:
@@ -166,29 +328,30 @@ def stage_times(recorder: Recorder) -> dict[str, float]:
     }
 
 
-def message_delays(folder: Path) -> tuple[float, float]:
-    """Median seconds from a decision to an idle engine that acts on it, and from an engine back to the decision."""
+def message_delays(folder: Path) -> tuple[list[int], list[int]]:
+    """ns from a request's arrival to an idle engine that acts on it, of those that came alone; and from an engine's
+    first token back to the control plane.
+    """
     dispatched: dict[int, int] = {}
     back: list[int] = []
+    before = -APART_NS
     for _, decision in read_decisions(folder / "decisions.jsonl"):
-        _note(decision, dispatched, back)
+        event = decision.event
+        if isinstance(event, FirstToken):
+            back.append(event.time - event.occurred)
+        for action in decision.actions:
+            if isinstance(action, DispatchTask) and isinstance(event, RequestArrived):
+                if event.occurred - before >= APART_NS:
+                    dispatched[action.task.task_id] = event.occurred
+                before = event.time
     there = []
     for path in (folder / "engines").glob("*.turns.jsonl"):
-        last_end = 0
+        idle = True
         for turn in read_turns(path):
-            if turn.start_ns - last_end >= IDLE_NS:
-                there += [turn.start_ns - dispatched[m.task.task_id] for m in turn.messages if isinstance(m, Dispatch)]
-            last_end = turn.end_ns
-    return to_s(int(np.median(there))), to_s(int(np.median(back)))
-
-
-def _note(decision: Decision, dispatched: dict[int, int], back: list[int]) -> None:
-    event = decision.event
-    if isinstance(event, FirstToken):
-        back.append(event.time - event.occurred)
-    for action in decision.actions:
-        if isinstance(action, DispatchTask):
-            dispatched[action.task.task_id] = event.time
+            tasks = [message.task.task_id for message in turn.messages if idle and isinstance(message, Dispatch)]
+            there += [turn.start_ns - dispatched[task_id] for task_id in tasks if task_id in dispatched]
+            idle = turn.done is None
+    return there, back
 
 
 def _processor() -> str:

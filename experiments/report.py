@@ -39,6 +39,7 @@ from experiments.tables import (
     count,
     duration,
     error_text,
+    job_lines,
     round_duration,
     share,
     three_digits,
@@ -81,7 +82,23 @@ class ReportRun:
     folder: Path
 
 
-def write_report(path: Path, title: str, runs: Sequence[ReportRun], comparison: Sequence[Row] = ()) -> None:
+@dataclass(frozen=True, slots=True)
+class ReportTable:
+    """A table of texts that a report shows ahead of its runs."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lead: str = ""
+
+
+def write_report(
+    path: Path,
+    title: str,
+    runs: Sequence[ReportRun],
+    comparison: Sequence[Row] = (),
+    tables: Sequence[ReportTable] = (),
+) -> None:
     """Write the report of `runs` to `path`, an HTML file.
 
     `comparison`: rows whose `reference` is a real run; the report shows how far each simulated run is off.
@@ -100,8 +117,10 @@ def write_report(path: Path, title: str, runs: Sequence[ReportRun], comparison: 
     sections = [
         _head(title, loaded),
         _alerts(loaded, unread),
+        *(_section(each.title, _texts(each), _text(each.lead)) for each in tables),
         _main_metrics(loaded),
         _models(loaded),
+        _jobs(loaded),
         _differences(loaded),
         _errors([row for row in comparison if row.reference is not None]),
         _attainment(loaded),
@@ -142,6 +161,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -
     top = "".join(f"<th>{each}</th>" for each in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _texts(table: ReportTable) -> str:
+    return _table(map(_text, table.head), [map(_text, row) for row in table.rows])
 
 
 def _plot(figures: dict[str, Figure], figure: Figure, label: str) -> str:
@@ -325,6 +348,12 @@ def _models(runs: Sequence[Run]) -> str:
     head = ["Model", "requests", "finished", *(metric.title + units.get(metric.unit, "") for metric in METRICS)]
     head = ["Run", *head] if len(runs) > 1 else head
     return _section("By model", _table(head, body) if body else "", "The most asked for first.")
+
+
+def _jobs(runs: Sequence[Run]) -> str:
+    """Jobs other than serving, where there were any."""
+    rows = [(_named(run, runs), _text(line)) for run in runs for line in job_lines(run.summary.metrics)]
+    return _section("Jobs other than serving", _table(("run", "jobs"), rows)) if rows else ""
 
 
 def _tiles(run: Run) -> str:

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cluster.client import Client
 from cluster.control import ControlPlane
+from cluster.jobs.metrics import summarise_jobs
+from cluster.jobs.record import JobRecorder
 from cluster.metrics import by_model, summarise
 from cluster.recorder import Recorder
 from cluster.seam import Cluster
@@ -35,7 +37,8 @@ class RunResult(NamedTuple):
     """What a run leaves: its folder, the metrics by name (times in seconds), the records behind them.
 
     `source`: where the workload is from, a stand-in said to be one. `models`: the main metrics by model, where requests
-    asked for several. `notes`: what a reader of the results must know. `label`: the dispatch policy.
+    asked for several. `notes`: what a reader of the results must know. `label`: the dispatch policy. `jobs`: records of
+    jobs other than serving.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class RunResult(NamedTuple):
     models: dict[str, dict[str, float]]
     notes: list[str]
     label: str
+    jobs: JobRecorder
 
 
 def _temporary(folder: Path) -> IO[bytes]:
@@ -189,12 +193,13 @@ class _Session(NamedTuple):
         cfg, folder, control = self.cfg, self.folder, self.control
         recorder = control.recorder
         recorder.censor()
-        if not recorder.ended:
+        jobs = control.work.recorder if control.work is not None else JobRecorder()
+        if not recorder.ended and not jobs.rows:
             if done.interrupted:
                 raise KeyboardInterrupt  # before the first request: there is nothing to write
             raise ValueError("no request arrived: the trace is empty, or every arrival waits for one that never comes")
         slo, window = build.objectives(cfg)
-        summary = summarise(recorder, slo, window)
+        summary = summarise(recorder, slo, window) | summarise_jobs(jobs, recorder)
         summary |= build.costs(cfg, recorder)
         summary |= {"startup_s": startup_s, "wall_s": done.wall_s, "never_sent": control.client.never_sent}
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
@@ -205,9 +210,9 @@ class _Session(NamedTuple):
             notes.append(f"resumed at {resumed.at_s:g} s from {resumed.snapshot}{changed}")
         models = by_model(recorder, slo, window) if len(set(recorder.models)) > 1 else {}
         about = provenance(cfg, self.workload) | {"notes": notes} | ({"models": models} if models else {})
-        _write(folder, cfg, recorder, summary, about, slo, window, spans)
+        _write(folder, cfg, recorder, summary, about, slo, window, spans, jobs)
         source = self.workload.source
-        return RunResult(folder, summary, recorder, done.interrupted, source, models, notes, _policy(cfg))
+        return RunResult(folder, summary, recorder, done.interrupted, source, models, notes, _policy(cfg), jobs)
 
 
 def run_one_of_several(cfg: DictConfig, folder: Path, label: str) -> RunResult:
@@ -279,10 +284,11 @@ def _write(
     slo: Any,
     window: Any,
     spans: Spans,
+    jobs: JobRecorder,
 ) -> None:
     from experiments.outputs import write_run
 
-    write_run(folder, recorder, summary, about, slo, window, spans)
+    write_run(folder, recorder, summary, about, slo, window, spans, jobs)
     if cfg.report:
         from experiments.report import ReportRun, write_report
 

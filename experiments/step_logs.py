@@ -12,7 +12,7 @@ import msgspec
 
 from cluster.latency import StepShape
 from experiments import msprof
-from experiments.profiling import measured_steps
+from experiments.profiling import steps_of
 from flowserve.core.record import read_turns
 
 Step = tuple[StepShape, int]
@@ -61,7 +61,7 @@ def _turns(path: Path) -> list[Step]:
         turns = list(read_turns(path))
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"{path}: not a record of an engine's turns ({error})") from error
-    return measured_steps([turns])[0] if turns else []
+    return [(step.shape, step.end_ns - step.start_ns) for _, step, _ in steps_of([turns])]
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:

@@ -250,3 +250,23 @@ def _cut(label: str, room: int) -> str:
         return label
     head = (room - 1) // 2
     return f"{label[:head]}…{label[len(label) - (room - 1 - head) :]}"
+
+
+def job_lines(summary: Mapping[str, float]) -> list[str]:
+    """Jobs other than serving in a line each: how many, and how long; none where a run had none."""
+    lines = []
+    for kind in ("agent", "preprocess", "train", "evaluate"):
+        if f"job_{kind}" not in summary:
+            continue
+        line = f"{kind} jobs: {count(summary[f'job_{kind}_finished'])} of {count(summary[f'job_{kind}'])} finished"
+        if f"job_{kind}_jct_p50_s" in summary:
+            line += (
+                f", p50 {duration(summary[f'job_{kind}_jct_p50_s'])}, p99 {duration(summary[f'job_{kind}_jct_p99_s'])}"
+            )
+        if kind == "agent" and "tool_wait_mean_s" in summary:
+            mean, p99 = summary["tool_wait_mean_s"], summary["tool_wait_p99_s"]
+            line += f"; tools wait {duration(mean)} on average, p99 {duration(p99)}"
+        if kind == "train" and "train_tokens_per_s" in summary:
+            line += f"; {count(summary['train_tokens_per_s'])} tokens/s, a step {duration(summary['train_step_s'])}"
+        lines.append(line)
+    return lines

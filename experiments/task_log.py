@@ -4,20 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster import events as ev
-from cluster.actions import Action, DispatchTask
-from cluster.vocabulary import TaskKind
+from cluster.actions import Action, DispatchTask, DispatchWork
+from cluster.work import Preprocess, RunTool, Train
+
+WORK_KINDS = {RunTool: "tool", Preprocess: "preprocess", Train: "train"}
 
 
 @dataclass(slots=True)
 class TaskSpan:
     """One task: placed at `start_ns`, its request's first token at `first_ns`, over at `end_ns`; None: not so far.
 
-    `failed`: why it did not finish.
+    `kind`: a `TaskKind`, or one of WORK_KINDS. `failed`: why it did not finish.
     """
 
     request_id: int
     task_id: int
-    kind: TaskKind
+    kind: str
     executor: str
     start_ns: int
     first_ns: int | None = None
@@ -51,16 +53,29 @@ class TaskLog:
                 self._end(event.task_id, event.occurred, "")
             case ev.TaskFailed():
                 self._end(event.task_id, event.occurred, str(event.reason))
-            case ev.TaskAborted():
+            case ev.TaskAborted() | ev.WorkAborted():
                 self._end(event.task_id, event.occurred, "aborted")
+            case ev.CallArrived() | ev.WorkArrived() if len(self.requests) < self.most:
+                self.requests[event.request.request_id] = None
+            case ev.WorkFinished():
+                self._end(event.task_id, event.occurred, "")
+            case ev.WorkFailed():
+                self._end(event.task_id, event.occurred, str(event.reason))
             case _:
                 pass
         for action in actions:
             if type(action) is DispatchTask and action.task.request.request_id in self.requests:
                 task = action.task
                 span = TaskSpan(task.request.request_id, task.task_id, task.kind, action.executor, event.time)
-                self._open[task.task_id] = span
-                self.tasks.append(span)
+                self._begin(span)
+            elif type(action) is DispatchWork and action.task.request_id in self.requests:
+                work = action.task
+                kind = WORK_KINDS[type(work.operation)]
+                self._begin(TaskSpan(work.request_id, work.task_id, kind, action.executor, event.time))
+
+    def _begin(self, span: TaskSpan) -> None:
+        self._open[span.task_id] = span
+        self.tasks.append(span)
 
     def _end(self, task_id: int, at: int, failed: str) -> None:
         if (span := self._open.pop(task_id, None)) is not None:

@@ -8,7 +8,7 @@ import numpy as np
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.recorder import NONE
-from cluster.vocabulary import NS_PER_S, ExecutorSpec
+from cluster.vocabulary import NS_PER_S, WORKERS, ExecutorSpec
 from experiments.progress import Moment, ProgressBar
 from experiments.tables import UNKNOWN, duration, three_digits
 
@@ -19,7 +19,8 @@ COLUMNS = ("group", "ready", "start", "drain", "wait", "run", "KV", "TTFT p50", 
 
 
 def _name(spec: ExecutorSpec) -> str:
-    return f"{spec.role} {spec.model} {spec.hardware}".rstrip()
+    model = "" if spec.role in WORKERS else f" {spec.model}"
+    return f"{spec.role}{model} {spec.hardware}".rstrip()
 
 
 class Watch(ProgressBar):
@@ -69,14 +70,16 @@ class Watch(ProgressBar):
         for spec, load in loads.items():
             name = _name(spec)
             used = f"{load.kv_used / load.kv_total:.0%}" if load.kv_total else UNKNOWN
-            numbers = (load.ready, load.pending, load.draining, load.waiting, load.running)
+            # Tasks wait for a worker's slot at their job executor.
+            waiting = load.waiting + (load.parked if spec.role in WORKERS else 0)
+            numbers = (load.ready, load.pending, load.draining, waiting, load.running)
             served = self._served.get(name)
             ttft = rate = UNKNOWN
             if served:
                 ttft = duration(float(np.median(np.array(served))) / NS_PER_S)
                 rate = three_digits(len(served) / elapsed_s)
             rows.append([name, *map(str, numbers), used, ttft, rate])
-        parked = sum({spec.model: load.parked for spec, load in loads.items()}.values())
+        parked = sum({spec.model: load.parked for spec, load in loads.items() if spec.role not in WORKERS}.values())
         if parked:
             rows.append(["no executor yet", *["0"] * 3, str(parked), "0", *[UNKNOWN] * 3])
         return rows

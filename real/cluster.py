@@ -17,20 +17,26 @@ from cluster.actions import (
     AbortTask,
     Action,
     DispatchTask,
+    DispatchWork,
     DrainExecutor,
+    EndCall,
     EndRequest,
     EndRun,
+    EndWork,
     LaunchExecutor,
     ReleaseKvContext,
     RetireExecutor,
     SetTimer,
+    SubmitCall,
     SubmitRequest,
+    SubmitWork,
     SwitchRole,
 )
 from cluster.relay import relayed
-from cluster.request import Task
+from cluster.request import Answer, Request, Task
 from cluster.seam import Cluster
-from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
+from cluster.work import WORK, OperationTime, Secrets, WorkTask
 from flowserve.core import messages
 from flowserve.core.config import EngineConfig
 from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost, ReleaseContext
@@ -50,8 +56,15 @@ class Engine(msgspec.Struct, frozen=True):
     device: wire.NullDevice | wire.TorchDevice
 
 
+class WorkEngine(msgspec.Struct, frozen=True):
+    """What stands behind one kind of worker: tasks that sleep, `slots` side by side, for as long as `time` says."""
+
+    slots: int
+    time: OperationTime
+
+
 class _Executor:
-    __slots__ = ("crash", "handle", "launched", "process", "ready", "spec", "tasks")
+    __slots__ = ("crash", "handle", "launched", "process", "ready", "spec", "tasks", "work")
 
     def __init__(self, spec: ExecutorSpec, process: ChildProcess, launched: int) -> None:
         self.spec = spec
@@ -61,6 +74,7 @@ class _Executor:
         self.handle: KvHandle | None = None
         self.crash: wire.Crashed | None = None
         self.tasks: dict[int, tuple[str, Task]] = {}
+        self.work: dict[int, tuple[str, WorkTask]] = {}
 
 
 class RealCluster(Cluster):
@@ -77,7 +91,7 @@ class RealCluster(Cluster):
     def __init__(
         self,
         actors: Sequence[str],
-        engine_for: Callable[[ExecutorSpec], Engine],
+        engine_for: Callable[[ExecutorSpec], Engine | WorkEngine],
         vocab_for: Callable[[str], int],
         sampling: Sampling | None = None,
         report_period_s: float = 1.0,
@@ -95,7 +109,8 @@ class RealCluster(Cluster):
         self._engine_for = engine_for
         self._vocab_for = vocab_for
         self._sampling = sampling or Sampling()
-        self._report_to = tuple(actor for actor in actors if actor != "client")
+        self._report_to = tuple(actor for actor in actors if actor not in ("client", WORK))
+        self._secrets = Secrets()
         self._report_period_ns = to_ns(report_period_s)
         self._log_dir = log_dir
         self._record = record
@@ -147,6 +162,8 @@ class RealCluster(Cluster):
                 self._retire(action.executor)
             case EndRun():
                 self._ended = True
+            case DispatchWork():
+                self._dispatch_work(action)
             case _:
                 self._relay(action)
 
@@ -217,19 +234,28 @@ class RealCluster(Cluster):
 
     # -- requests and tasks ---------------------------------------------------------------------------------------
 
-    def _open(self, action: SubmitRequest) -> None:
-        model = action.request.model
+    def _open(self, request: Request, answer: Answer | None) -> None:
+        model, number = request.model, request.request_id
         if model not in self._frontends:
             self._frontends[model] = Frontend(self._vocab_for(model), self._sampling, self._keep_outputs)
-        self._frontend_of[action.request.request_id] = self._frontends[model]
-        self._frontends[model].open(action.request, action.answer, self._prompts.pop(action.request.request_id, None))
+        self._frontend_of[number] = self._frontends[model]
+        self._frontends[model].open(request, answer, self._prompts.pop(number, None))
 
     def _relay(self, action: Action) -> None:
-        if isinstance(action, SubmitRequest):
-            self._open(action)
-        elif isinstance(action, EndRequest):
-            self._frontend_of.pop(action.request_id).close(action.request_id)
-            self._metrics.ended(action.request_id)
+        match action:
+            case SubmitRequest():
+                self._open(action.request, action.answer)
+            case SubmitCall():
+                self._open(action.request, self._secrets.answer(action.work, action.step, action.request))
+            case EndRequest() | EndCall():
+                self._frontend_of.pop(action.request_id).close(action.request_id)
+                self._metrics.ended(action.request_id)
+            case SubmitWork():
+                self._secrets.add(action.request, action.truth)
+            case EndWork():
+                self._secrets.forget(action.request_id)
+            case _:
+                pass
         event = relayed(action, self.now())
         assert event is not None
         self._emit(event)
@@ -260,11 +286,77 @@ class RealCluster(Cluster):
             )
         )
 
+    # -- work other than serving ----------------------------------------------------------------------------------
+
+    def _dispatch_work(self, action: DispatchWork) -> None:
+        name, task, executor = action.executor, action.task, self._executors.get(action.executor)
+        if executor is None or not executor.ready:
+            self._lose_work(name, action.job_executor, task)
+            return
+        engine = self._engine_for(executor.spec)
+        assert isinstance(engine, WorkEngine)
+        try:
+            took = self._secrets.duration_ns(task, executor.spec, engine.time)
+        except ValueError as error:
+            self._lose_work(name, action.job_executor, task, FailureReason.INVALID, str(error))
+            return
+        executor.work[task.task_id] = (action.job_executor, task)
+        self._send(name, wire.Deliver(messages.DispatchWork(action.job_executor, task, took)))
+
+    def _lose_work(
+        self,
+        executor: str,
+        job_executor: str,
+        task: WorkTask,
+        reason: FailureReason = FailureReason.EXECUTOR_LOST,
+        detail: str = "",
+    ) -> None:
+        now = self.now()
+        self._emit(
+            ev.WorkFailed(
+                to=job_executor,
+                time=now,
+                occurred=now,
+                request_id=task.request_id,
+                task_id=task.task_id,
+                executor=executor,
+                reason=reason,
+                detail=detail,
+            )
+        )
+
+    def _launch_worker(self, action: LaunchExecutor, engine: WorkEngine) -> ChildProcess:
+        name, folder = action.executor, self._log_dir
+        setup = wire.WorkerSetup(
+            executor=name,
+            spec=action.spec,
+            slots=engine.slots,
+            address=self._address,
+            start_ns=self._start_ns,
+            report_to=("cm",),
+            report_period_ns=self._report_period_ns,
+            parent=os.getpid(),
+            log_level="warning" if folder is None else self._log_level,
+        )
+        log = None if folder is None else folder / f"{name}.log"
+        return ChildProcess("flowserve.runtime.worker_process", setup, log)
+
     # -- executors ------------------------------------------------------------------------------------------------
 
     def _launch(self, action: LaunchExecutor) -> None:
         name, engine = action.executor, self._engine_for(action.spec)
-        folder = self._log_dir
+        folder, launched = self._log_dir, self.now()
+        self._metrics.launched(name, action.spec.model)
+        assert isinstance(engine, WorkEngine) == (action.spec.role in WORKERS)
+        if isinstance(engine, WorkEngine):
+            process = self._launch_worker(action, engine)
+        else:
+            process = self._launch_engine(action, engine, None if folder is None else folder / f"{name}.log")
+        self._executors[name] = _Executor(action.spec, process, launched)
+        self._poller.register(process.sentinel, zmq.POLLIN)
+
+    def _launch_engine(self, action: LaunchExecutor, engine: Engine, log: Path | None) -> ChildProcess:
+        name, folder = action.executor, self._log_dir
         setup = wire.EngineSetup(
             executor=name,
             spec=action.spec,
@@ -279,13 +371,7 @@ class RealCluster(Cluster):
             record=str(folder / f"{name}.turns.jsonl") if folder is not None and self._record else None,
             log_level="warning" if folder is None else self._log_level,
         )
-        launched = self.now()
-        self._metrics.launched(name, action.spec.model)
-        process = ChildProcess(
-            "flowserve.runtime.engine_process", setup, None if folder is None else folder / f"{name}.log"
-        )
-        self._executors[name] = _Executor(action.spec, process, launched)
-        self._poller.register(process.sentinel, zmq.POLLIN)
+        return ChildProcess("flowserve.runtime.engine_process", setup, log)
 
     def _retire(self, name: str) -> None:
         executor = self._executors.pop(name, None)
@@ -323,6 +409,8 @@ class RealCluster(Cluster):
     def _lose_tasks(self, name: str, executor: _Executor) -> None:
         for job_executor, task in executor.tasks.values():
             self._lose(name, job_executor, task)
+        for job_executor, work in executor.work.values():
+            self._lose_work(name, job_executor, work)
         for other in self._executors:
             self._send(other, wire.Deliver(PeerLost(name)))
 
@@ -388,6 +476,8 @@ class RealCluster(Cluster):
                     frontend.close_task(event.task_id)
                     # What the frontend holds is what the client has, whatever the engine thought it had sampled.
                     event = msgspec.structs.replace(event, generated=frontend.generated(event.request_id))
+            elif isinstance(event, ev.WorkFinished | ev.WorkFailed | ev.WorkAborted):
+                executor.work.pop(event.task_id, None)
             self._emit(event)
         for other, message in output.peers:
             self._forward(name, executor, other, message)
@@ -400,7 +490,7 @@ class RealCluster(Cluster):
 
     def _ready(self, name: str, executor: _Executor, message: wire.Ready) -> None:
         executor.ready, executor.handle = True, message.handle
-        now, limits = self.now(), self._engine_for(executor.spec).engine
+        now, engine = self.now(), self._engine_for(executor.spec)
         self._stage(name, Stage.SCALER_POST, now, now - message.at_ns)
         self._emit(
             ev.ExecutorReady(
@@ -410,8 +500,8 @@ class RealCluster(Cluster):
                 executor=name,
                 spec=executor.spec,
                 kv_blocks=message.kv_blocks,
-                block_tokens=limits.block_tokens,
-                max_sequences=limits.max_sequences,
+                block_tokens=0 if isinstance(engine, WorkEngine) else engine.engine.block_tokens,
+                max_sequences=engine.slots if isinstance(engine, WorkEngine) else engine.engine.max_sequences,
             )
         )
 

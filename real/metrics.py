@@ -82,7 +82,7 @@ class ServingMetrics:
     def observe(self, event: ev.Event) -> None:
         """Count what an executor says."""
         match event:
-            case ev.LoadReport():
+            case ev.LoadReport() if event.total_blocks:  # a worker has no KV cache, and none of these series
                 self._load(event)
             case ev.FirstToken(executor=executor, request_id=number) if number in self._open:
                 self._ttft.labels(*self._labels(executor)).observe(to_s(event.occurred - self._open[number].since))

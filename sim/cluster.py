@@ -15,21 +15,27 @@ from cluster.actions import (
     Action,
     CancelRequest,
     DispatchTask,
+    DispatchWork,
     DrainExecutor,
+    EndCall,
     EndRequest,
     EndRun,
+    EndWork,
     LaunchExecutor,
     ReleaseKvContext,
     RetireExecutor,
     SetTimer,
+    SubmitCall,
     SubmitRequest,
+    SubmitWork,
     SwitchRole,
 )
 from cluster.latency import LatencyModel
 from cluster.relay import relayed
 from cluster.request import Answer, Task
 from cluster.seam import Cluster
-from cluster.vocabulary import ExecutorSpec, FailureReason, Stage, to_ns
+from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
+from cluster.work import WORK, Secrets, WorkTask
 from flowserve.core import messages
 from flowserve.core.fetch_cost import CostModel, PrefillTime, TransferTime
 from flowserve.core.messages import (
@@ -50,13 +56,17 @@ from flowserve.core.record import StepSpan, TransferSpan
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
+from flowserve.core.worker import Worker
 from sim.alarm import NORMAL, Alarm
+from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
 from sim.network import Network, Path
-from sim.node import Delays, Failure, Node
+from sim.node import Delays, Failure, Node, WorkNode
+from sim.noise import Noisy
 from sim.starting import Starter
 from sim.tokenizers import Tokenizers
 from sim.topology import Hosts, Topology
+from sim.worker import SimWorker
 
 NEVER = float("inf")
 MOST_TRANSFERS = 50_000
@@ -81,7 +91,7 @@ class SimCluster(Cluster):
     def __init__(
         self,
         actors: Sequence[str],
-        node_for: Callable[[ExecutorSpec], Node],
+        node_for: Callable[[ExecutorSpec], Node | WorkNode],
         report_period_s: float = 1.0,
         delays: Delays | None = None,
         failures: Sequence[Failure] = (),
@@ -97,7 +107,8 @@ class SimCluster(Cluster):
         self.executors: dict[str, SimExecutor] = {}
         self._peers: dict[str, dict[str, SimExecutor]] = {}  # by model: those that may exchange KV cache
         self._node_for = node_for
-        self._report_to = tuple(actor for actor in actors if actor != "client")
+        self.workers: dict[str, SimWorker] = {}
+        self._report_to = tuple(actor for actor in actors if actor not in ("client", WORK))
         self._report_period_ns = to_ns(report_period_s)
         delays = delays or Delays()
         self._dispatch_ns, self._event_ns = to_ns(delays.dispatch_s), to_ns(delays.event_s)
@@ -105,8 +116,12 @@ class SimCluster(Cluster):
         self._tokenizers = Tokenizers(delays.tokenizers, delays.token_s) if delays.token_s else None
         self._encoded: dict[int, int] = {}  # when the prompts of open requests are
         self._coalesce = coalesce
+        self._shared = Shared(self._suffers)
         self._answers: dict[int, Answer] = {}
+        self._secrets = Secrets()
         self._tasks: dict[str, dict[int, tuple[str, Task]]] = {}
+        self._work_nodes: dict[str, WorkNode] = {}
+        self._work_tasks: dict[str, dict[int, tuple[str, WorkTask]]] = {}
         self._nodes: dict[str, Node] = {}
         self.network, self.topology = Network(self.env), Topology(hosts or Hosts())
         self._starter = Starter(self.env, self.topology, self.network, self._stage_finished, self._ready)
@@ -143,6 +158,7 @@ class SimCluster(Cluster):
 
     def close(self) -> None:
         self.executors.clear()
+        self.workers.clear()
         self._starter.close()
         self._ended = True
 
@@ -198,16 +214,16 @@ class SimCluster(Cluster):
         self._emit(event, 0 if self._tokenizers is None else self._encoding(self._tokenizers, action))
 
     def _encoding(self, tokenizers: Tokenizers, action: Action) -> int:
-        """How long, in ns, the frontend holds back what a client says of a request whose prompt is not yet encoded."""
+        """How long, in ns, the frontend holds back what is said of a prompt that is not yet encoded."""
         now = self.now()
         match action:
-            case SubmitRequest():
+            case SubmitRequest() | SubmitCall():
                 done = tokenizers.encode(now, action.request.prompt_tokens)
                 self._encoded[action.request.request_id] = done
                 return done - now
             case CancelRequest():
-                return max(0, self._encoded[action.request_id] - now)
-            case EndRequest():
+                return max(0, self._encoded.get(action.request_id, now) - now)  # work has no prompt
+            case EndRequest() | EndCall():
                 del self._encoded[action.request_id]
         return 0
 
@@ -231,7 +247,11 @@ class SimCluster(Cluster):
             )
         )
 
-    def _ready(self, action: LaunchExecutor, node: Node) -> None:
+    def _ready(self, action: LaunchExecutor, node: Node | WorkNode) -> None:
+        assert isinstance(node, WorkNode) == (action.spec.role in WORKERS)
+        if isinstance(node, WorkNode):
+            self._employ(action, node)
+            return
         latency, fetch_cost = node.latency(), None
         if node.engine.tiers.blocks:
             rates = self.topology.tier_rates(action.executor, node.block_bytes, node.kv_segments)
@@ -243,6 +263,8 @@ class SimCluster(Cluster):
         self._tasks[action.executor] = {}
         if latency not in self.latencies:
             self.latencies.append(latency)
+        if node.noise is not None:
+            latency = Noisy(latency, node.noise, action.executor)
         executor = SimExecutor(
             self.env,
             shell,
@@ -251,7 +273,7 @@ class SimCluster(Cluster):
             partial(self._take, action.executor),
             self._coalesce,
             len(self._nodes),
-            partial(self._slowdown, action.executor, node.contention) if node.contention else None,
+            self._shared if node.contention else None,
             self._record,
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
@@ -271,10 +293,97 @@ class SimCluster(Cluster):
             )
         )
 
-    def _slowdown(self, name: str, contention: float) -> float:
-        """What a step that starts now takes longer by, because others compute too."""
-        busy = sum(bool(each.shell.core.in_flight) for other, each in self.executors.items() if other != name)
-        return 1 + contention * busy
+    def _suffers(self, engine: Computing) -> Contention:
+        assert isinstance(engine, SimExecutor)
+        return self._nodes[engine.shell.shell.name].contention
+
+    # -- work other than serving ----------------------------------------------------------------------------------
+
+    def _submit_work(self, action: SubmitWork) -> None:
+        self._secrets.add(action.request, action.truth)
+        self._relay(action)
+
+    def _submit_call(self, action: SubmitCall) -> None:
+        request = action.request
+        self._answers[request.request_id] = self._secrets.answer(action.work, action.step, request)
+        self._relay(action)
+
+    def _end_call(self, action: EndCall) -> None:
+        del self._answers[action.request_id]
+        self._relay(action)
+
+    def _end_work(self, action: EndWork) -> None:
+        self._secrets.forget(action.request_id)
+        self._relay(action)
+
+    def _employ(self, action: LaunchExecutor, node: WorkNode) -> None:
+        """A worker is up."""
+        name, now = action.executor, self.now()
+        worker = Worker(name, action.spec, node.slots, ("cm",), self._report_period_ns)
+        self._work_nodes[name], self._work_tasks[name] = node, {}
+        self.workers[name] = SimWorker(self.env, worker, partial(self._deliver_work, name))
+        self._emit(
+            ev.ExecutorReady(
+                to="cm",
+                time=now,
+                occurred=now,
+                executor=name,
+                spec=action.spec,
+                kv_blocks=0,
+                block_tokens=0,
+                max_sequences=node.slots,
+            )
+        )
+
+    def _dispatch_work(self, action: DispatchWork) -> None:
+        name, task = action.executor, action.task
+        worker = self.workers.get(name)
+        if worker is None:
+            self._lose_work(name, action.job_executor, task)
+            return
+        try:
+            took = self._secrets.duration_ns(task, worker.worker.shell.spec, self._work_nodes[name].time)
+        except ValueError as error:
+            self._lose_work(name, action.job_executor, task, FailureReason.INVALID, str(error))
+            return
+        self._work_tasks[name][task.task_id] = (action.job_executor, task)
+        self._send(name, messages.DispatchWork(action.job_executor, task, took), self._dispatch_ns)
+
+    def _deliver_work(self, name: str, outbox: Outbox) -> None:
+        for event in outbox.events:
+            if isinstance(event, ev.WorkFinished | ev.WorkFailed | ev.WorkAborted):
+                self._work_tasks[name].pop(event.task_id, None)
+            self._emit(event, self._event_ns)
+
+    def _dismiss(self, name: str) -> None:
+        """A worker is gone, and with it its tasks."""
+        worker = self.workers.pop(name, None)
+        if worker is not None:
+            worker.kill()
+            for job_executor, task in self._work_tasks.pop(name).values():
+                self._lose_work(name, job_executor, task)
+
+    def _lose_work(
+        self,
+        executor: str,
+        job_executor: str,
+        task: WorkTask,
+        reason: FailureReason = FailureReason.EXECUTOR_LOST,
+        detail: str = "",
+    ) -> None:
+        now = self.now()
+        self._emit(
+            ev.WorkFailed(
+                to=job_executor,
+                time=now,
+                occurred=now,
+                request_id=task.request_id,
+                task_id=task.task_id,
+                executor=executor,
+                reason=reason,
+                detail=detail,
+            )
+        )
 
     # -- failures -------------------------------------------------------------------------------------------------
 
@@ -287,11 +396,12 @@ class SimCluster(Cluster):
         self._emit(ev.ExecutorFailed(to="cm", time=now, occurred=now, executor=executor, reason="killed"))
 
     def _has(self, name: str) -> bool:
-        return name in self.executors or name in self._starter
+        return name in self.executors or name in self.workers or name in self._starter
 
     def _stop(self, name: str) -> None:
         executor = self.executors.pop(name, None)
         if executor is None:
+            self._dismiss(name)
             self._starter.stop(name)
             return
         executor.kill()
@@ -367,6 +477,8 @@ class SimCluster(Cluster):
         node, source = self._nodes[name], transfer.source
         runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
         num_bytes = len(transfer.blocks) * node.block_bytes
+        if node.kv_host_s:
+            self.executors[name].hold(to_ns(node.kv_host_s))
         pieces = runs * node.kv_segments
         on_end = partial(self._fetched, name, transfer, self.now(), num_bytes, pieces)
         if source not in self.executors:  # it died after it made the offer
@@ -376,6 +488,11 @@ class SimCluster(Cluster):
 
     def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
+        copied = asked + to_ns(self._nodes[name].kv_host_s)  # by the engine itself, where its host must
+        if success and self.now() < copied:
+            again = partial(self._fetched, name, transfer, asked, num_bytes, pieces, success)
+            self._at(copied - self.now(), again)
+            return
         if success and len(self.transfers) < MOST_TRANSFERS:
             source, blocks, task_id = transfer.source, len(transfer.blocks), transfer.task_id
             self.transfers.append(TransferSpan(source, name, asked, self.now(), blocks, num_bytes, pieces, task_id))
@@ -386,7 +503,7 @@ class SimCluster(Cluster):
         self._after(delay, partial(self._arrive, name, message))
 
     def _arrive(self, name: str, message: Message, _: simpy.Event) -> None:
-        executor = self.executors.get(name)
+        executor = self.executors.get(name) or self.workers.get(name)
         if executor is not None:
             executor.receive(message)
 
@@ -423,5 +540,10 @@ _PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {
     ReleaseKvContext: SimCluster._release_context,
     RetireExecutor: SimCluster._retire,
     EndRun: SimCluster._end,
+    SubmitWork: SimCluster._submit_work,
+    SubmitCall: SimCluster._submit_call,
+    EndCall: SimCluster._end_call,
+    DispatchWork: SimCluster._dispatch_work,
+    EndWork: SimCluster._end_work,
 }
 """What executors or timers have to act on; everything else is relayed."""

@@ -22,6 +22,7 @@ from flowserve.core.scheduler import NONE
 from flowserve.core.sequence import DECODE, ENDED, LAST, Sequence
 from flowserve.core.task_executor import TaskExecutor
 from sim.alarm import Alarm
+from sim.contention import Shared
 
 LONGEST_SEGMENT = 4096
 STEPS_AT_A_TIME = 64
@@ -35,7 +36,7 @@ def _nothing_right(verify: Verify) -> int:
 
 class SimExecutor:
     """Runs one shell in simulated time. `answers` is the sampler's side: how long each request's output really is.
-    `slowdown`: by what a step's time is multiplied when it starts; with it, every step is an event of its own.
+    `shared`: what it shares with others, which slow its steps down; with it, every step is an event of its own.
     `record`: told of every segment when it is over.
     `host_ns`: what the host needs for a step beside the device's time. The device waits for it where a plan is launched
     only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
@@ -54,7 +55,7 @@ class SimExecutor:
         deliver: Callable[[TaskExecutor], None],
         coalesce: bool = True,
         number: int = 0,
-        slowdown: Callable[[], float] | None = None,
+        shared: Shared | None = None,
         record: Callable[[StepSpan], None] | None = None,
         host_ns: int = 0,
         accept: Callable[[Verify], int] = _nothing_right,
@@ -68,7 +69,8 @@ class SimExecutor:
         self._answers = answers
         self._deliver = deliver
         self._coalesce = coalesce
-        self._slowdown = slowdown
+        self._shared = shared
+        self._varies = latency.varies
         self._record = record
         self._since = 0
         self._host = host_ns
@@ -101,6 +103,23 @@ class SimExecutor:
         self.settle()
         self.dead = True
         self._timer = None
+        if self._shared is not None:
+            self._shared.idle(self, int(self._env.now))
+
+    def hold(self, ns: int) -> None:
+        """The host needs so long for something else before it launches what it has just scheduled."""
+        if not self._core.in_flight:
+            return
+        self._ends = [end + ns for end in self._ends]
+        if self._shared is not None:
+            self._ends = [self._shared.extend(self, int(self._env.now), ns)]
+        del self._ends[bisect_left(self._ends, self.shell.next_report) + 1 :]
+        self._wait_for(self._ends[-1])
+
+    def retime(self, end: int) -> None:
+        """The step under way ends at another time, because others begin or cease to slow it down."""
+        self._ends = [end]
+        self._wait_for(end)
 
     @property
     def step_ends(self) -> int | None:
@@ -133,8 +152,11 @@ class SimExecutor:
             pass
         if in_flight:
             self._launch(in_flight[0], ahead)
-        elif shell.report_due is not None:
-            self._wait_for(max(now, shell.report_due))
+        else:
+            if self._shared is not None:
+                self._shared.idle(self, now)
+            if shell.report_due is not None:
+                self._wait_for(max(now, shell.report_due))
         self._deliver(shell)
 
     def _context(self, message: Dispatch) -> identity.BlockIds:
@@ -146,20 +168,22 @@ class SimExecutor:
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
         now, steps = int(self._env.now), 0
+        if self._varies:
+            self._latency.seek(self.steps)
         if plan.decodes is not self._batch:
             self._find_stops(plan)
         self._since = now
-        if self._coalesce and self._slowdown is None:
+        if self._coalesce and self._shared is None:
             steps = self._steps_behind(plan)
         if steps and not plan.chunks:
             self._ends = []
             self._extend(plan, steps + 1, now, ahead)
         else:
             took = self._latency.step_ns(plan.shape)
-            if self._slowdown is not None:
-                took = round(took * self._slowdown())
             took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
             end = now + took
+            if self._shared is not None:
+                end = self._shared.begin(self, bool(plan.chunks), now, took)
             self._ends = [end]
             if steps:
                 self._extend(plan, steps, end, ahead)

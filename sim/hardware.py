@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 from cluster.cost import Rates
+from sim.contention import Contention
 from sim.model_shape import ModelShape
 from sim.topology import HostShape, Wire
 
@@ -40,10 +41,17 @@ class Hardware(msgspec.Struct, frozen=True):
     end). `ssd_*`: between host memory and the disk of a host, shared by its NPUs. `rack_hosts` hosts share an uplink
     with `oversubscription` times less than their NICs could send (None: no racks).
 
-    `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how much longer a step
-    takes for each other executor that computes meanwhile, as a share (engines on the cores of one CPU share its memory
-    bandwidth; NPUs do not: 0). `host_step_s`: what the host needs for a step; the device waits for it unless plans are
-    in flight (`engine.max_in_flight` above 1). Step times of a profile contain it.
+    `usable_hbm`: share of HBM for weights, activations and KV cache. `contention`: by how much longer a step takes
+    for each other executor that computes meanwhile, as a share, or one for each pair of kinds of steps (engines on
+    the cores of one CPU share its memory bandwidth; NPUs do not: 0). `kv_host_s`: for how long each hand-over keeps
+    the engine that fetches from computing (on a CPU it copies by itself; NPUs do not: 0). `host_step_s`: what the
+    host needs for a step; the device waits for it unless plans are in flight (`engine.max_in_flight` above 1). Step
+    times of a profile contain it.
+
+    `efficiency_training`: share of `flops` that training steps reach in compute (model FLOPs utilisation); assumed
+    where the YAML does not say: published runs on GPUs and NPUs reach 0.38 to 0.52. `preprocess_tokens_per_s`: what
+    one slot of a CPU worker tokenises; derived: 6.5 MB of English in 1.80 s with Llama 3's tokenizer on one Xeon core
+    (Hugging Face tokenizers, pull request 1967), at 4.3 bytes per token.
     """
 
     name: str
@@ -81,16 +89,20 @@ class Hardware(msgspec.Struct, frozen=True):
     rack_hosts: int | None = None
     oversubscription: float = 1.0
     usable_hbm: float = 0.9
-    contention: float = 0.0
+    contention: float | Contention = 0.0
     host_step_s: float = 0.0
+    kv_host_s: float = 0.0
+    efficiency_training: float = 0.4
+    preprocess_tokens_per_s: float = 0.84e6
 
     def __post_init__(self) -> None:
         for field in ("price_per_hour", "busy_w", "idle_w"):
             if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"hardware.{field} is {getattr(self, field)}: allowed are 0 and more, or null")
-        if self.host_step_s < 0:
-            raise ValueError(f"hardware.host_step_s is {self.host_step_s}: allowed are 0 (none) and more")
-        if self.contention < 0:
+        for field in ("host_step_s", "kv_host_s"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"hardware.{field} is {getattr(self, field)}: allowed are 0 (none) and more")
+        if not isinstance(self.contention, Contention) and self.contention < 0:
             raise ValueError(f"hardware.contention is {self.contention}: allowed are 0 (none) and more")
         if self.node_npus > 1 and not self.peer_bytes_per_s > 0:
             raise ValueError(

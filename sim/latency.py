@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from cluster.latency import LatencyModel, StepShape
 from cluster.vocabulary import NS_PER_S
+from sim.noise import Noise
 
 
 class Measured:
@@ -21,10 +22,11 @@ class Measured:
 class Fitted(Measured, LatencyModel):
     """Linear in the features of a step, with non-negative coefficients in ns fitted to a profile (see `features`).
 
-    In the number of decoding sequences it is piecewise linear: one coefficient up to the first of `knots`, and one
-    behind each of them, because an engine's time per sequence is not that of the next. `ranges`: what was measured of
-    each part of a step, by its name. A guess to be verified counts as one more prompt token: derived, the profiled
-    engines do not speculate.
+    In its rows, the tokens that go through the matrices together, a step is piecewise linear: one more coefficient
+    between each of `knots` and the next, because the kernels for so many rows are not those for more. A prompt token
+    is a row, and so is a decoding sequence, in one step or in two. `ranges`: what was measured of each part of a step,
+    by its name. `noise`: what an executor's steps have besides (see `sim.noise`). A guess to be verified counts as one
+    more prompt token: derived, the profiled engines do not speculate.
     """
 
     FEATURES: ClassVar[tuple[str, ...]] = (
@@ -43,6 +45,7 @@ class Fitted(Measured, LatencyModel):
         coefficients_ns: Sequence[float],
         knots: Sequence[int] = (),
         ranges: Mapping[str, tuple[float, float]] | None = None,
+        noise: Noise | None = None,
     ) -> None:
         names = self.names(knots)
         if len(coefficients_ns) != len(names):
@@ -54,38 +57,40 @@ class Fitted(Measured, LatencyModel):
             raise ValueError(f"knots of a fitted latency model are {list(knots)}: allowed are rising numbers from 1 up")
         self.coefficients_ns = tuple(float(value) for value in coefficients_ns)
         self.knots = tuple(knots)
-        self._step, self._prefill, self._token, self._pair, self._chunk, decode, first, self._key = (
+        self.noise = noise
+        self._step, self._prefill, self._token, self._pair, self._chunk, self._decode, self._sequence, self._key = (
             self.coefficients_ns[: len(self.FEATURES)]
         )
-        slopes = (first, *self.coefficients_ns[len(self.FEATURES) :])
-        self._batch = [0.0]  # ns of so many decoding sequences, up to the last knot
-        for start, end, slope in zip((0, *self.knots), self.knots, slopes, strict=False):
-            self._batch += [self._batch[-1] + slope * more for more in range(1, end - start + 1)]
-        self._batch[1:] = [decode + time for time in self._batch[1:]]
-        self._decode, self._slope = decode, slopes[-1]
+        slopes = self.coefficients_ns[len(self.FEATURES) :]
+        self._rows = [self._step] * (self.knots[0] + 1 if self.knots else 1)  # ns of so many rows, up to the last knot
+        for (start, end), slope in zip(pairwise(self.knots), slopes, strict=False):
+            self._rows += [self._rows[-1] + slope * more for more in range(1, end - start + 1)]
+        self._slope = slopes[-1] if slopes else 0.0
         most = {name: high for name, (_, high) in (ranges or {}).items()}
         self._most = tuple(most.get(name, float("inf")) for name in StepShape._fields[:5])
 
     @classmethod
     def names(cls, knots: Sequence[int]) -> tuple[str, ...]:
         """What each coefficient is of."""
-        return (*cls.FEATURES, *(f"decode_sequences > {knot}" for knot in knots))
+        return (*cls.FEATURES, *(f"rows > {knot}" for knot in knots))
 
     @staticmethod
     def features(shape: StepShape, knots: Sequence[int] = ()) -> tuple[float, ...]:
         """The regressors of a step, in the order of `names`."""
-        sequences = shape.decode_sequences
-        ends = (*knots, float("inf"))
+        sequences, tokens = shape.decode_sequences, shape.prefill_tokens + shape.draft_tokens
         return (
             1.0,
             float(shape.prefill_tokens > 0),
-            float(shape.prefill_tokens + shape.draft_tokens),
+            float(tokens),
             float(shape.prefill_attention),
             float(shape.prefill_chunks),
             float(sequences > 0),
-            float(min(sequences, ends[0])),
+            float(sequences),
             float(shape.decode_context),
-            *(float(min(max(sequences - low, 0), high - low)) for low, high in pairwise(ends)),
+            *(
+                float(min(max(sequences + tokens - low, 0), high - low))
+                for low, high in pairwise((*knots, float("inf")))
+            ),
         )
 
     def step_ns(self, shape: StepShape) -> int:
@@ -94,11 +99,12 @@ class Fitted(Measured, LatencyModel):
         most = self._most
         if tokens > most[0] or attention > most[1] or chunks > most[2] or sequences > most[3] or context > most[4]:
             self.outside += 1
-        time = self._step + (tokens + drafts) * self._token + context * self._key
+        more = tokens + drafts
+        time = self._of_rows(sequences + more) + more * self._token + context * self._key
         if tokens:
-            time += self._prefill
-        time += attention * self._pair + chunks * self._chunk
-        time += self._decodes(sequences)
+            time += self._prefill + attention * self._pair + chunks * self._chunk
+        if sequences:
+            time += self._decode + sequences * self._sequence
         return max(1, round(time))
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
@@ -109,17 +115,13 @@ class Fitted(Measured, LatencyModel):
             self.outside += steps
         elif contexts[-1] > most[4]:
             self.outside += sum(each > most[4] for each in contexts)
-        step, key, decodes = self._step, self._key, self._decodes(sequences)
-        if step + context * key + decodes < 1:
-            return [max(1, round(step + each * key + decodes)) for each in contexts]
-        return [round(step + each * key + decodes) for each in contexts]
+        rows, key, own = self._of_rows(sequences), self._key, self._decode + sequences * self._sequence
+        return [max(1, round(rows + each * key + own)) for each in contexts]
 
-    def _decodes(self, sequences: int) -> float:
-        """ns of so many decoding sequences, but for their contexts."""
-        behind = sequences - len(self._batch) + 1
-        if behind <= 0:
-            return self._batch[sequences]
-        return self._batch[-1] + behind * self._slope + (0.0 if self.knots else self._decode)
+    def _of_rows(self, rows: int) -> float:
+        """ns of a step of so many rows, whatever they are."""
+        behind = rows - len(self._rows) + 1
+        return self._rows[rows] if behind <= 0 else self._rows[-1] + behind * self._slope
 
 
 class Constant(LatencyModel):

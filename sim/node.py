@@ -7,8 +7,11 @@ import msgspec
 from cluster.acceptance import Acceptance
 from cluster.latency import LatencyModel
 from cluster.vocabulary import Stage
+from cluster.work import OperationTime
 from flowserve.core.config import EngineConfig
 from sim.coldstart import Load
+from sim.contention import Contention
+from sim.noise import Noise
 from sim.topology import HostShape
 
 
@@ -40,6 +43,7 @@ class Node(msgspec.Struct, frozen=True):
     `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
     `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `acceptance`: of
     guesses, where it speculates. `load`: weights to be moved in the stage TE_LOAD, beside the time of the stage itself.
+    `noise`: of step times. `kv_host_s`: as in `Hardware`.
     """
 
     engine: EngineConfig
@@ -48,10 +52,12 @@ class Node(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     kv_segments: int
     host: HostShape
-    contention: float = 0.0
+    contention: Contention = Contention()
     host_step_s: float = 0.0
     acceptance: Acceptance = Acceptance()
     load: Load | None = None
+    noise: Noise | None = None
+    kv_host_s: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.load is not None or self.engine.tiers.blocks) and self.host.pcie is None:
@@ -62,6 +68,31 @@ class Node(msgspec.Struct, frozen=True):
     @property
     def block_bytes(self) -> int:
         return self.engine.block_tokens * self.kv_bytes_per_token
+
+    @property
+    def dram_bytes(self) -> int:
+        """Of its cache's tier in host memory."""
+        return self.engine.tiers.dram_blocks * self.block_bytes
+
+
+class WorkNode(msgspec.Struct, frozen=True):
+    """What stands behind one kind of worker: how many tasks run side by side, how long each takes, start-up stages.
+
+    `host`: where its NPUs are; None for workers on CPUs, which sit elsewhere.
+    """
+
+    slots: int
+    time: OperationTime
+    stages: Sequence[tuple[Stage, int]] = ()
+    host: HostShape | None = None
+
+    @property
+    def load(self) -> None:
+        """No weights are moved at its start: every training task restores what it needs."""
+
+    @property
+    def dram_bytes(self) -> int:
+        return 0
 
 
 class Failure(msgspec.Struct, frozen=True):

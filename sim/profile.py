@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cluster.latency import StepShape
+from sim.contention import Contention
 from sim.latency import Fitted
+from sim.noise import Noise
 
-SCHEMA = "deepflow-profile/2"
+SCHEMA = "deepflow-profile/3"
 
-KNOTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Where the time per decoding sequence may change, if steps were measured between them."""
+KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+"""Where the time per row may change, if steps were measured between them."""
 
 STEPS_PER_SEGMENT = 25
 
@@ -32,9 +35,12 @@ class FitError(msgspec.Struct, frozen=True):
 
 class Profile(msgspec.Struct, frozen=True):
     """What `deepflow profile` writes. `coefficients_ns`, `knots`: of the fitted model of an engine that computes alone.
-    `ranges`: what was measured of each part of a step's shape. `contention`: how much longer a step takes while the
-    other engines compute, as a share per engine. Delays and start-up stages: medians in seconds, None and none where a
-    log of steps was all there was.
+    `ranges`: what was measured of each part of a step's shape. `contention`: what engines that compute at once do to
+    each other. `residuals`: measured over expected time of steps the model was not fitted to, in order of time.
+    `disturbed`: share of the steps measured during which something else used the machine: left out, but where that
+    would have left next to none; None: nobody looked. Delays and start-up stages: medians in seconds, None and none
+    where a log of steps was all there was. `handover_s`: for which fetching a KV cache keeps the engine that fetches it
+    from computing; None: not measured.
     """
 
     schema: str
@@ -46,12 +52,15 @@ class Profile(msgspec.Struct, frozen=True):
     steps: int
     coefficients_ns: list[float]
     knots: list[int]
-    contention: float
+    contention: Contention
+    residuals: list[float]
+    disturbed: float | None
     held_out: FitError
     ranges: dict[str, tuple[float, float]]
     dispatch_s: float | None
     event_s: float | None
     stages_s: dict[str, float]
+    handover_s: float | None = None
 
 
 def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
@@ -75,38 +84,64 @@ def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
 
 def knots_of(steps: Sequence[tuple[StepShape, int]]) -> list[int]:
     """Those of `KNOTS` that leave enough measured steps in every segment between them."""
-    sizes = np.sort([shape.decode_sequences for shape, _ in steps if shape.decode_sequences])
+    rows = np.sort([shape.decode_sequences + shape.prefill_tokens + shape.draft_tokens for shape, _ in steps])
     knots: list[int] = []
     for knot in KNOTS:
-        up_to, before = np.searchsorted(sizes, [knot, knots[-1] if knots else 0], side="right")
-        if up_to - before >= STEPS_PER_SEGMENT <= len(sizes) - up_to:
+        up_to, before = np.searchsorted(rows, [knot, knots[-1] if knots else 0], side="right")
+        if up_to - before >= STEPS_PER_SEGMENT <= len(rows) - up_to:
             knots.append(knot)
     return knots
 
 
-def contention_of(steps: Sequence[tuple[StepShape, int]], busy: Sequence[float]) -> float:
-    """How much longer a step takes per other engine that computes meanwhile, as a share of its time alone.
+class Shares(NamedTuple):
+    """How many other engines computed during a step, on average over its time, by what they computed."""
 
-    `busy`: for each step, the mean number of other engines that computed during it. A straight line through the ratios
-    of measured to fitted time, after the fit was freed of the contention found so far.
+    decode: float
+    prefill: float
+
+
+ALONE = Shares(0.0, 0.0)
+
+
+def contention_of(steps: Sequence[tuple[StepShape, int]], busy: Sequence[Shares], engines: Sequence[int]) -> Contention:
+    """What other engines' steps do to an engine's, from steps measured with and without them.
+
+    For each kind of step a plane through the ratios of measured to expected time; what was expected is fitted again to
+    steps freed of the contention found so far. `engines`: whose step each is: only steps of one process are compared,
+    because where its memory happens to lie makes one faster than another.
     """
-    shares, contention = np.asarray(busy, float), 0.0
-    if np.ptp(shares) < 0.5:
-        return 0.0  # alone, or never alone: nothing to compare
+    contention = Contention()
     for _ in range(4):
         model = fit(alone(steps, busy, contention))
-        ratios = np.array([duration / model.step_ns(shape) for shape, duration in steps])
-        usual = ratios <= np.percentile(ratios, 95)  # a step that something else interrupted says nothing here
-        slope, at_zero = np.polyfit(shares[usual], ratios[usual], 1)
-        contention = max(0.0, float(slope / at_zero))
+        ratios = np.array([took / model.step_ns(shape) for shape, took in steps])
+        decodes = np.array([not shape.prefill_tokens for shape, _ in steps])
+        found = [_slowed(ratios[kind], np.array(busy)[kind], np.array(engines)[kind]) for kind in (decodes, ~decodes)]
+        contention = Contention(*found[0], *found[1])
     return contention
 
 
+def _slowed(ratios: Matrix, shares: Matrix, engines: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """By how much (a decode, a prefill) of another engine slows these steps."""
+    if len(ratios) < STEPS_PER_SEGMENT or not np.ptp(shares, axis=0).max() > 0.5:
+        return 0.0, 0.0  # alone, or never alone: nothing to compare
+    usual = ratios <= np.percentile(ratios, 95)  # a step that something else interrupted says nothing here
+    ratios, shares, engines = ratios[usual], shares[usual], engines[usual]
+    own = (engines[:, None] == np.unique(engines)).astype(float)
+    solution, *_ = np.linalg.lstsq(np.hstack([shares, own]), ratios, rcond=None)
+    usually = float(own.sum(axis=0) @ solution[2:] / own.sum())
+    by_decode, by_prefill = (max(0.0, float(value) / usually) for value in solution[:2])
+    return by_decode, by_prefill
+
+
 def alone(
-    steps: Sequence[tuple[StepShape, int]], busy: Sequence[float], contention: float
+    steps: Sequence[tuple[StepShape, int]], busy: Sequence[Shares], contention: Contention
 ) -> list[tuple[StepShape, int]]:
     """The steps as long as they would have been without the others."""
-    return [(shape, round(took / (1 + contention * share))) for (shape, took), share in zip(steps, busy, strict=True)]
+    freed = []
+    for (shape, took), shares in zip(steps, busy, strict=True):
+        by_decode, by_prefill = contention.by(shape.prefill_tokens > 0)
+        freed.append((shape, round(took / (1 + by_decode * shares.decode + by_prefill * shares.prefill))))
+    return freed
 
 
 def _non_negative(features: Matrix, target: Matrix) -> Matrix:
@@ -124,8 +159,11 @@ def _non_negative(features: Matrix, target: Matrix) -> Matrix:
     return coefficients
 
 
-def held_out_error(steps: Sequence[tuple[StepShape, int]], folds: int = 5) -> FitError:
-    """Cross-validated over contiguous stretches of time, so that neighbours of a step do not vouch for it."""
+def held_out(steps: Sequence[tuple[StepShape, int]], folds: int = 5) -> tuple[FitError, list[float]]:
+    """The error of a fit, and each step's residual, measured over predicted.
+
+    Cross-validated over contiguous stretches of time, so that neighbours of a step do not vouch for it.
+    """
     predicted = np.zeros(len(steps))
     for part in np.array_split(np.arange(len(steps)), folds):
         inside = set(part.tolist())
@@ -134,12 +172,13 @@ def held_out_error(steps: Sequence[tuple[StepShape, int]], folds: int = 5) -> Fi
             predicted[number] = model.step_ns(steps[number][0])
     measured = np.array([float(duration) for _, duration in steps])
     relative = np.abs(predicted - measured) / measured
-    return FitError(
+    error = FitError(
         steps=len(steps),
         median=float(np.median(relative)),
         p90=float(np.percentile(relative, 90)),
         total=float((predicted.sum() - measured.sum()) / measured.sum()),
     )
+    return error, [round(float(ratio), 4) for ratio in measured / predicted]
 
 
 def feature_ranges(steps: Sequence[tuple[StepShape, int]]) -> dict[str, tuple[float, float]]:
@@ -164,9 +203,17 @@ def load(path: str | Path) -> Profile:
     return profile
 
 
-def load_latency(path: str | Path) -> Fitted:
-    """The latency model of a profile."""
+def load_latency(path: str | Path, noise: int | None = 0, seed: int = 0) -> Fitted:
+    """The latency model of a profile. `noise`: which draw of its residuals, so that steps scatter as they did when
+    measured; None: steps of one shape always take the same time.
+    """
     profile = load(path)
+    drawn = None if noise is None or not profile.residuals else Noise(tuple(profile.residuals), seed, noise)
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, drawn)
+
+
+def model_of(profile: Profile) -> Fitted:
+    """Its latency model, without noise."""
     return Fitted(profile.coefficients_ns, profile.knots, profile.ranges)
 
 
@@ -177,9 +224,18 @@ def describe(profile: Profile) -> str:
         f"held-out error of a step: median {profile.held_out.median:.1%}, p90 {profile.held_out.p90:.1%}, "
         f"of the total time {profile.held_out.total:+.2%}",
     ]
+    if profile.disturbed:
+        lines.append(f"others used the machine during {profile.disturbed:.0%} of the steps measured")
     if profile.dispatch_s is not None and profile.event_s is not None:
-        lines.append(f"a step takes {profile.contention:.0%} longer for each other engine that computes")
+        longer = profile.contention
+        lines.append(
+            "longer for each other engine that computes: "
+            f"decodes {longer.decode_by_decode:.1%} by decodes, {longer.decode_by_prefill:.1%} by prompts; "
+            f"prompts {longer.prefill_by_decode:.1%} and {longer.prefill_by_prefill:.1%}"
+        )
         lines.append(f"messages: {profile.dispatch_s * 1e6:.0f} us to an engine, {profile.event_s * 1e6:.0f} us back")
+    if profile.handover_s is not None:
+        lines.append(f"fetching a KV cache: {profile.handover_s * 1e6:.0f} us of the engine's own time")
     for name, value in zip(Fitted.names(profile.knots), profile.coefficients_ns, strict=True):
         low, high = profile.ranges.get(name, (0.0, 0.0))
         measured = f"   measured {low:g} to {high:g}" if name in profile.ranges else ""

@@ -10,8 +10,8 @@ from cluster.vocabulary import Stage, to_ns
 from sim.alarm import NORMAL, Alarm
 from sim.coldstart import Load
 from sim.network import Network
-from sim.node import Node
-from sim.topology import Host, Topology
+from sim.node import Node, WorkNode
+from sim.topology import Host, HostShape, Topology
 
 Key = tuple[str, int, int, int]
 """Executors whose NPUs hold the same shards: model, NPUs, pipeline stages, bytes."""
@@ -22,7 +22,7 @@ class _Start:
 
     __slots__ = ("action", "node", "since", "source", "stage")
 
-    def __init__(self, action: LaunchExecutor, node: Node, now: int) -> None:
+    def __init__(self, action: LaunchExecutor, node: Node | WorkNode, now: int) -> None:
         self.action = action
         self.node = node
         self.stage = 0
@@ -55,7 +55,7 @@ class Starter:
         topology: Topology,
         network: Network,
         finished: Callable[[str, Stage, int, str], None],
-        ready: Callable[[LaunchExecutor, Node], None],
+        ready: Callable[[LaunchExecutor, Node | WorkNode], None],
     ) -> None:
         self._env = env
         self._topology = topology
@@ -76,7 +76,7 @@ class Starter:
         self._starts.clear()
         self._unplaced.clear()
 
-    def launch(self, action: LaunchExecutor, node: Node) -> None:
+    def launch(self, action: LaunchExecutor, node: Node | WorkNode) -> None:
         """Start an executor; one that fits nowhere waits until it does."""
         start = _Start(action, node, int(self._env.now))
         self._starts[action.executor] = start
@@ -102,18 +102,24 @@ class Starter:
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def _place(self, start: _Start) -> None:
-        action, node = start.action, start.node
-        seat = self._topology.place(action.executor, node.host, action.spec.npus)
-        if seat is None:
-            self._unplaced[action.executor] = start
+        name, host = start.action.executor, start.node.host
+        if host is not None and not self._seat(start, host):
+            self._unplaced[name] = start
             return
-        self._unplaced.pop(action.executor, None)
-        tier_bytes = node.engine.tiers.dram_blocks * node.block_bytes
+        self._unplaced.pop(name, None)
+        self._after(0, partial(self._begin, start))
+
+    def _seat(self, start: _Start, host: HostShape) -> bool:
+        """Whether there was room."""
+        action, tier_bytes = start.action, start.node.dram_bytes
+        seat = self._topology.place(action.executor, host, action.spec.npus)
+        if seat is None:
+            return False
         if tier_bytes:
             self._pinned[action.executor] = pinned = round(tier_bytes * seat.share)
             for part in seat.parts:
                 part.host.cache.pin(pinned)
-        self._after(0, partial(self._begin, start))
+        return True
 
     def _begin(self, start: _Start) -> None:
         if self._gone(start):

@@ -12,21 +12,39 @@ from cluster.actions import Action
 from cluster.client import Client
 from cluster.control import ControlPlane
 from cluster.job_executor import JobExecutor
+from cluster.jobs.executor import WorkJobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
-from cluster.vocabulary import ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
+from cluster.vocabulary import NS_PER_S, WORKERS, ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
+from cluster.work import (
+    WORK,
+    Agent,
+    Call,
+    FineTuning,
+    Operation,
+    OperationTime,
+    Preprocess,
+    Step,
+    Tool,
+    Train,
+    Truth,
+    WorkArrival,
+    WorkRequest,
+)
 from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.cluster import SimCluster
 from sim.coldstart import Load
+from sim.contention import Contention
 from sim.executor import SimExecutor
 from sim.hardware import Hardware
 from sim.latency import Constant
-from sim.node import Delays, Failure, Node
+from sim.node import Delays, Failure, Node, WorkNode
+from sim.noise import Noise
 from sim.topology import Hosts, HostShape, Wire
 
 MODEL = "m"
@@ -111,6 +129,66 @@ def make_task(
 
 def make_spec(role: Role = Role.COLOCATED, model: str = MODEL, npus: int = 1) -> ExecutorSpec:
     return ExecutorSpec(model, role, npus)
+
+
+def make_agent(
+    request_id: int,
+    *rounds: Sequence[tuple[int, int] | float],
+    at_s: float = 0.0,
+    ids: tuple[int, ...] | None = None,
+    after: Trigger | None = None,
+    cancel_after_s: float | None = None,
+    priority: int = 0,
+) -> WorkArrival:
+    """An agent's turn of rounds: (prompt, output) tokens of a call, or seconds of a tool; `ids`: of its context."""
+    steps: list[tuple[Step, ...]] = []
+    lengths: list[int] = []
+    for each in rounds:
+        steps.append(
+            tuple(
+                Call(step[0], step[1], None if ids is None else 0) if isinstance(step, tuple) else Tool()
+                for step in each
+            )
+        )
+        lengths += [step[1] if isinstance(step, tuple) else to_ns(step) for step in each]
+    work = Agent(tuple(steps), () if ids is None else (ids,))
+    request = WorkRequest(request_id, work, MODEL, priority=priority)
+    cancel = None if cancel_after_s is None else to_ns(cancel_after_s)
+    return WorkArrival(request, Truth(tuple(lengths)), to_ns(at_s), after, cancel)
+
+
+def make_tuning(
+    request_id: int,
+    steps: int = 4,
+    at_s: float = 0.0,
+    checkpoint_steps: int | None = None,
+    shards: int = 1,
+    evaluation: Sequence[tuple[int, int]] = (),
+    priority: int = 0,
+    cancel_after_s: float | None = None,
+) -> WorkArrival:
+    """A fine-tuning request of `steps` steps of 1000 tokens; `evaluation`: (prompt, output) tokens of calls."""
+    calls = tuple(Call(prompt, output) for prompt, output in evaluation)
+    work = FineTuning(steps * 1000, 1.0, steps, 100, 10, 1.0, checkpoint_steps, shards, calls)
+    request = WorkRequest(request_id, work, MODEL, priority=priority)
+    cancel = None if cancel_after_s is None else to_ns(cancel_after_s)
+    return WorkArrival(request, Truth(tuple(output for _, output in evaluation)), to_ns(at_s), cancel_after_ns=cancel)
+
+
+def simple_times(spec: ExecutorSpec, operation: Operation) -> int:
+    """A millisecond per thousand tokens preprocessed; a second per training step, half a second to restore a state."""
+    match operation:
+        case Preprocess():
+            return operation.tokens * NS_PER_S // 1_000_000
+        case Train():
+            return operation.steps * NS_PER_S + operation.restore * NS_PER_S // 2
+    raise AssertionError(operation)
+
+
+def workers(cpu: int = 1, training: int = 0, npus: int = 8) -> list[GroupPlan]:
+    """Groups of workers, of fixed size."""
+    sizes = ((Role.CPU, cpu, 0), (Role.TRAINING, training, npus))
+    return [GroupPlan(ExecutorSpec(str(role), role, each), size, size, size) for role, size, each in sizes if size]
 
 
 def chain(*choices: int) -> tuple[int, ...]:
@@ -211,7 +289,7 @@ def no_stages() -> list[tuple[Stage, int]]:
 
 
 def run_sim(
-    workload: Iterable[Arrival],
+    workload: Iterable[Arrival | WorkArrival],
     *,
     groups: Sequence[GroupPlan] | None = None,
     executors: int = 1,
@@ -238,6 +316,11 @@ def run_sim(
     max_attempts: int = 4,
     seed: int = 0,
     acceptance: float = 0.0,
+    noise: Noise | None = None,
+    kv_host_s: float = 0.0,
+    contention: Contention = Contention(),  # noqa: B008 (frozen)
+    slots: int = 1,
+    work_time: OperationTime = simple_times,
     watch: Callable[[ev.Event, list[Action], SimCluster], None] | None = None,
     between: Callable[[ControlPlane, SimCluster], None] | None = None,
 ) -> Run:
@@ -250,7 +333,9 @@ def run_sim(
     client = Client(workload, names, np.random.default_rng(seed), closed_loop)
     job_executors = [JobExecutor(name, number, policy(), max_attempts) for number, name in enumerate(names)]
     manager = ClusterManager(tuple(groups), scaling or Fixed(), names)
-    control = ControlPlane(client, job_executors, manager, Recorder())
+    roles = tuple(role for role in WORKERS if any(group.spec.role is role for group in groups))
+    work = WorkJobExecutor(names, roles, max_attempts) if roles else None
+    control = ControlPlane(client, job_executors, manager, Recorder(), work)
     log = io.BytesIO()
     control.log_to(log)
     node = Node(
@@ -263,10 +348,14 @@ def run_sim(
         host_step_s=host_step_s,
         acceptance=Acceptance(acceptance),
         load=load,
+        noise=noise,
+        kv_host_s=kv_host_s,
+        contention=contention,
     )
+    work_node = WorkNode(slots, work_time, no_stages() if stages is None else stages)
     cluster = SimCluster(
-        ("client", *names, "cm"),
-        lambda spec: node,
+        ("client", *names, "cm", *([WORK] if roles else [])),
+        lambda spec: work_node if spec.role in WORKERS else node,
         report_period_s,
         delays,
         failures,

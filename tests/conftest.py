@@ -1,13 +1,14 @@
 """What every test needs: a quiet environment, the same examples in every run, and a way to the real traces."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 import experiments.compiled  # noqa: F401 - ahead of the modules that it may replace
+from tests.invariants import Watch
 
 # Before anything loads torch or huggingface_hub, which read these once.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -24,6 +25,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(autouse=True)
+def laws() -> Iterator[Watch]:
+    """Holds every simulated run of the test to Little's law and to the conservation of requests, tasks and work."""
+    watch = Watch()
+    with watch.patched():
+        yield watch
+    watch.check()
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,13 @@ KNOWN: dict[str, KnownTrace] = {
         licence="CC-BY-4.0",
         source=_AZURE + "AzureLLMInferenceTrace_conv.csv",
     ),
+    "claude_code": KnownTrace(
+        file="claude-code-weka/traces_first60.tar.xz",
+        format="claude_code",
+        about="coding agents with tools and think times, the first 60 sessions of 739 (kv-cache-tester)",
+        licence="Apache-2.0",
+        source="https://github.com/callanjfox/kv-cache-tester, traces/",
+    ),
     "mooncake_conversation": KnownTrace(
         file="mooncake/conversation_trace.jsonl",
         format="mooncake",

@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from cluster.request import Arrival
 from cluster.vocabulary import NS_PER_S
+from cluster.work import AnyArrival, Tool, WorkArrival, calls_and_tools
 from traces.errors import require
 from traces.readers.deepflow import CSV_FIELDS
 
 
-def convert(arrivals: Iterable[Arrival], path: str | Path) -> int:
+def convert(arrivals: Iterable[AnyArrival], path: str | Path) -> int:
     """Write arrivals to a .csv or .jsonl file; returns how many. Reading it back gives equal arrivals.
 
     Models are named from the first one on that differs from the first request's; a reader is told that one. The file
@@ -36,7 +36,7 @@ def convert(arrivals: Iterable[Arrival], path: str | Path) -> int:
 class _Rows:
     """The fields of each arrival, counted; raises where an arrival cannot stand in our format behind the others."""
 
-    def __init__(self, arrivals: Iterable[Arrival]) -> None:
+    def __init__(self, arrivals: Iterable[AnyArrival]) -> None:
         self.arrivals = arrivals
         self.count = 0
 
@@ -60,7 +60,7 @@ def _write_csv(rows: _Rows, part: Path) -> None:
         writer = csv.DictWriter(out, CSV_FIELDS, lineterminator="\n")
         writer.writeheader()
         for fields in rows:
-            for name in ("block_ids", "answer_block_ids"):
+            for name in ("block_ids", "answer_block_ids", "work"):
                 require(
                     name not in fields, name, f"given (request {fields['request_id']})", "none in CSV", "use .jsonl"
                 )
@@ -79,10 +79,10 @@ def _write_jsonl(rows: _Rows, part: Path) -> None:
 _WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl}
 
 
-def _fields(arrival: Arrival) -> dict[str, Any]:
+def _fields(arrival: AnyArrival) -> dict[str, Any]:
     """The fields of a row that are not absent; times as decimal text."""
-    request, answer, after = arrival.request, arrival.answer, arrival.after
-    fields: dict[str, Any] = {"request_id": request.request_id}
+    after = arrival.after
+    fields: dict[str, Any] = {"request_id": arrival.request.request_id}
     if after is None:
         fields["arrival_s"] = _seconds(arrival.at_ns)
     else:
@@ -90,17 +90,25 @@ def _fields(arrival: Arrival) -> dict[str, Any]:
         fields["after_event"] = after.event
         fields[awaited] = after.count if after.request_id is None else after.request_id
         fields["delay_s"] = _seconds(after.delay_ns)
+    if arrival.request.tenant:
+        fields["tenant"] = arrival.request.tenant
+    if arrival.request.priority:
+        fields["priority"] = arrival.request.priority
+    if arrival.cancel_after_ns is not None:
+        fields["cancel_after_s"] = _seconds(arrival.cancel_after_ns)
+    if isinstance(arrival, WorkArrival):
+        fields["work"] = arrival.request.work
+        pairs = zip(calls_and_tools(arrival.request), arrival.answer.lengths, strict=True)
+        fields["lengths"] = [
+            msgspec.Raw(_seconds(length).encode()) if isinstance(step, Tool) else length for step, length in pairs
+        ]
+        return fields
+    request, answer = arrival.request, arrival.answer
     fields["prompt_tokens"] = request.prompt_tokens
     fields["output_tokens"] = answer.output_tokens
     fields["max_tokens"] = request.max_tokens
-    if request.tenant:
-        fields["tenant"] = request.tenant
-    if request.priority:
-        fields["priority"] = request.priority
     if request.deadline_ns is not None:
         fields["deadline_s"] = _seconds(request.deadline_ns)
-    if arrival.cancel_after_ns is not None:
-        fields["cancel_after_s"] = _seconds(arrival.cancel_after_ns)
     if request.block_ids is not None:
         fields["block_ids"] = request.block_ids
     if answer.block_ids is not None:

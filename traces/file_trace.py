@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.request import Answer, Arrival, Request
+from cluster.work import AnyArrival
 from traces.catalog import resolve
 from traces.errors import TraceError, require
 from traces.rows import Row
@@ -33,7 +34,7 @@ class FileTrace(ABC):
         require(self.min_output >= 0, "min_output", self.min_output, "0 or more tokens", "1 admits empty outputs")
         resolve(self.path)
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         file = resolve(self.path)
         empty = True
         for arrival in self.read(file):
@@ -43,7 +44,7 @@ class FileTrace(ABC):
             raise TraceError(f"{file}: the trace has no rows: allowed is at least one; fetch the file again")
 
     @abstractmethod
-    def read(self, file: Path) -> Iterator[Arrival]:
+    def read(self, file: Path) -> Iterator[AnyArrival]:
         """The arrivals of `file` in order; nothing where it has no rows."""
 
     def output_tokens(self, row: Row, name: str) -> int:

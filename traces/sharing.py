@@ -11,6 +11,7 @@ from cluster import identity
 from cluster.request import Arrival
 from cluster.streams import stream
 from cluster.vocabulary import BLOCK_TOKENS
+from cluster.work import AnyArrival
 from traces.errors import TraceError, require
 
 GROWTH_MU, GROWTH_SIGMA = 6.16, 1.79
@@ -30,7 +31,7 @@ class PrefixSharing:
     tokens. Answers get ids too, so that the next turn finds what was generated. Memory: `sessions` contexts.
     """
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     continue_share: float = 0.41
     system_tokens: int = 512
     sessions: int = 512
@@ -43,10 +44,13 @@ class PrefixSharing:
         require(self.sessions >= 1, "sessions", self.sessions, "at least 1", "use continue_share=0 for single turns")
         stream(self.seed, "")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         rng = stream(self.seed, "prefix sharing")
         contexts: deque[tuple[int, ...]] = deque(maxlen=self.sessions)
         for arrival in self.arrivals:
+            if not isinstance(arrival, Arrival):
+                yield arrival
+                continue
             request, answer = arrival.request, arrival.answer
             if request.block_ids is not None:
                 raise TraceError(

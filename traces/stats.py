@@ -16,6 +16,7 @@ import numpy as np
 
 from cluster.request import Arrival
 from cluster.vocabulary import BLOCK_TOKENS, NS_PER_S, to_s
+from cluster.work import AnyArrival, Call, block_ids, calls_and_tools
 from traces.errors import TraceError
 from traces.prefixes import PrefixSet
 
@@ -34,7 +35,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class TraceStats:
-    """Statistics of a workload; None where it does not say (times without a span, reuse without block ids)."""
+    """Statistics of a workload; None where it does not say (times without a span, reuse without block ids).
+
+    LLM calls of jobs are requests in closed loop.
+    """
 
     requests: int
     closed_loop: int
@@ -49,7 +53,7 @@ class TraceStats:
     reuse_tokens: float | None
 
 
-def stats_of(arrivals: Iterable[Arrival]) -> TraceStats:
+def stats_of(arrivals: Iterable[AnyArrival]) -> TraceStats:
     """Statistics in one pass. Memory: 8 bytes per request for exact percentiles, 8 per distinct block.
 
     TraceError: no arrivals, or arrivals that go back in time.
@@ -57,6 +61,14 @@ def stats_of(arrivals: Iterable[Arrival]) -> TraceStats:
     times, reuse = _Times(), _Reuse()
     prompts, outputs = array("i"), array("i")
     for arrival in arrivals:
+        if not isinstance(arrival, Arrival):
+            for step, length in zip(calls_and_tools(arrival.request), arrival.answer.lengths, strict=True):
+                if isinstance(step, Call):
+                    prompts.append(step.prompt_tokens)
+                    outputs.append(length)
+                    if (ids := block_ids(arrival.request, step)) is not None:
+                        reuse.add(step.prompt_tokens, ids)
+            continue
         prompts.append(arrival.request.prompt_tokens)
         outputs.append(arrival.answer.output_tokens)
         if arrival.after is None:

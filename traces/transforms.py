@@ -13,6 +13,7 @@ import msgspec
 from cluster import identity
 from cluster.request import Arrival
 from cluster.vocabulary import BLOCK_TOKENS, NS_PER_S, to_ns
+from cluster.work import AnyArrival
 from traces.errors import TraceError, require
 
 _TWICE = "that can be read twice, as a target rate needs"
@@ -26,7 +27,7 @@ class TimeWindow:
     closed-loop workload (whether a request that waits for another falls into the window is known only in a run).
     """
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     start_s: float = 0.0
     duration_s: float | None = None
 
@@ -36,7 +37,7 @@ class TimeWindow:
         ok = length is None or (math.isfinite(length) and to_ns(length) > 0)
         require(ok, "duration_s", length, "more than 0 seconds", "leave it out for the rest of the trace")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         start = to_ns(self.start_s)
         end = None if self.duration_s is None else start + to_ns(self.duration_s)
         cuts, empty = start > 0 or end is not None, True
@@ -63,13 +64,13 @@ class TimeWindow:
 class Limit:
     """The first `count` arrivals."""
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     count: int
 
     def __post_init__(self) -> None:
         require(self.count >= 1, "count", self.count, "at least 1 request", "leave Limit out to keep all")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         return islice(self.arrivals, self.count)
 
 
@@ -77,14 +78,14 @@ class Limit:
 class RateFrom:
     """The same arrivals, those after `since_ns` closer together or farther apart: `factor` times the rate."""
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     since_ns: int
     factor: float
 
     def __post_init__(self) -> None:
         require(0 < self.factor < math.inf, "factor", self.factor, "more than 0", "give 1 to keep the rate")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         since = self.since_ns
         for arrival in self.arrivals:
             later = arrival.at_ns - since
@@ -100,7 +101,7 @@ class RateScale:
     which must therefore be able to start afresh. Only arrival times change: think times and cancellations are people's.
     """
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     factor: float | None = None
     target_rate: float | None = None
 
@@ -113,7 +114,7 @@ class RateScale:
         fresh = self.factor is not None or iter(self.arrivals) is not self.arrivals
         require(fresh, "arrivals", self.arrivals, f"a workload {_TWICE}", "give a factor instead")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         factor = self.factor if self.factor is not None else self._factor_for_target()
         empty = True
         for arrival in self.arrivals:
@@ -140,10 +141,10 @@ class LengthScale:
     """Prompts and outputs times a factor each, at least 1 token.
 
     Scaled contexts keep their leading block ids, so shared prefixes stay shared; what grows beyond the known ids is
-    shared with nobody. A client's limit is raised where the output outgrows it.
+    shared with nobody. A client's limit is raised where the output outgrows it. Work other than serving stays as it is.
     """
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     prompt_scale: float = 1.0
     output_scale: float = 1.0
 
@@ -151,8 +152,11 @@ class LengthScale:
         for name, value in (("prompt_scale", self.prompt_scale), ("output_scale", self.output_scale)):
             require(0 < value < math.inf, name, value, "a number above 0", "1 keeps the lengths")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         for arrival in self.arrivals:
+            if not isinstance(arrival, Arrival):
+                yield arrival
+                continue
             yield with_lengths(
                 arrival,
                 prompt_tokens=max(1, round(arrival.request.prompt_tokens * self.prompt_scale)),
@@ -162,9 +166,12 @@ class LengthScale:
 
 @dataclass(frozen=True, slots=True)
 class ClipLengths:
-    """Longer prompts and outputs cut to what an engine can hold; the client's limit is cut like the output."""
+    """Longer prompts and outputs cut to what an engine can hold; the client's limit is cut like the output.
 
-    arrivals: Iterable[Arrival]
+    Work other than serving stays as it is.
+    """
+
+    arrivals: Iterable[AnyArrival]
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
 
@@ -173,8 +180,11 @@ class ClipLengths:
         for name, value in limits:
             require(value is None or value >= 1, name, value, "at least 1 token", "leave it out to keep all")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         for arrival in self.arrivals:
+            if not isinstance(arrival, Arrival):
+                yield arrival
+                continue
             request, output = arrival.request, arrival.answer.output_tokens
             limit = _least(request.max_tokens, self.max_output_tokens)
             clipped = with_lengths(

@@ -29,6 +29,7 @@ from flowserve import ops
 from flowserve.core.config import EngineConfig
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from sim import profile as profiles
+from sim.contention import Contention
 from sim.model_shape import ModelShape
 
 BLOCK_TOKENS = 256
@@ -216,6 +217,7 @@ def _save_profile(shape: ModelShape, options: Options, steps: list[tuple[StepSha
 
     name = torch.cuda.get_device_name() if options.device != "cpu" else machine.describe()
     model = profiles.fit(steps)
+    error, residuals = profiles.held_out(steps)
     profile = profiles.Profile(
         schema=profiles.SCHEMA,
         machine=name,
@@ -224,10 +226,12 @@ def _save_profile(shape: ModelShape, options: Options, steps: list[tuple[StepSha
         model=shape.name,
         engines=1,
         steps=len(steps),
-        contention=0.0,
+        contention=Contention(),
+        residuals=residuals,
+        disturbed=None,
         coefficients_ns=list(model.coefficients_ns),
         knots=list(model.knots),
-        held_out=profiles.held_out_error(steps),
+        held_out=error,
         ranges=profiles.feature_ranges(steps),
         dispatch_s=None,
         event_s=None,

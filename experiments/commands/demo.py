@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         rows.append(Row(f"{policy}, sim 910B", result.summary))
         reports.append(ReportRun(f"{policy}, sim 910B", result.folder))
         notes.append(result.source)
-    measured = measure(compose(BASE), folder / "profile")
+    measured = measure(compose([*BASE, "profile_launches=1"]), folder / "profile")
     profile = save_profile(measured, folder / "profile")
     for policy in POLICIES:
         both = pair(policy, [f"dispatch={policy}", "report=false"], profile, measured, folder / policy)

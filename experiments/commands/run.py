@@ -3,11 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
+from cluster.vocabulary import Outcome
 from experiments.commands.usage import split, wants_help
 from experiments.config import compose
 from experiments.process import age_s
 from experiments.run import RunResult, resume, run
-from experiments.tables import Row, print_table
+from experiments.tables import Row, job_lines, print_table
 
 USAGE = """usage: deepflow run [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
 
@@ -46,17 +47,27 @@ def main(arguments: list[str]) -> int:
     print(f"trace: {result.source}")
     for note in result.notes:
         print(f"note: {note}")
+    for line in job_lines(result.summary):
+        print(line)
     for outcome, reason, number in _not_finished(result):
         print(f"{number} of {result.recorder.ended} requests {outcome}{reason and ': ' + reason}")
+    for (kind, outcome, reason), number in _jobs_not_finished(result):
+        print(f"{number} {kind} job{'s' * (number > 1)} {outcome}{reason and ': ' + reason}")
     if result.interrupted:
         print("interrupted: the results hold what happened until then")
     print(result.folder)
     if result.interrupted:
         return 130
-    return 0 if result.recorder.finished else 1
+    return 0 if result.recorder.finished or any(row.outcome == Outcome.FINISHED for row in result.jobs.rows) else 1
 
 
 def _not_finished(result: RunResult) -> list[tuple[str, str, int]]:
     """(outcome, reason, number) of requests that did not finish, the most frequent first, at most five."""
     pairs = Counter(zip(result.recorder.outcomes, result.recorder.reasons, strict=True))
     return [(outcome, why, number) for (outcome, why), number in pairs.most_common() if outcome != "finished"][:5]
+
+
+def _jobs_not_finished(result: RunResult) -> list[tuple[tuple[str, str, str], int]]:
+    """The same of jobs: (kind, outcome, reason)."""
+    rows = [row for row in result.jobs.rows if row.outcome != "finished"]
+    return Counter((row.kind, row.outcome, row.reason) for row in rows).most_common(5)

@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     for command in (stats, convert):
         command.add_argument("trace", help="a known name or a file")
         command.add_argument(
-            "--format", help="of the file, where it is not a known trace: azure2023, mooncake, deepflow"
+            "--format", help="of the file, where it is not a known trace: azure2023, mooncake, claude_code, deepflow"
         )
     convert.add_argument("out", type=Path)
     generate = commands.add_parser("generate", help="write a workload from the fitted generator")

@@ -4,6 +4,7 @@ import msgspec
 
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, Role
+from cluster.work import WorkTask
 
 
 class Dispatch(msgspec.Struct, frozen=True, tag=True):
@@ -11,6 +12,14 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True):
 
     job_executor: str
     task: Task
+
+
+class DispatchWork(msgspec.Struct, frozen=True, tag=True):
+    """Run this task, if this is a worker, and report to `job_executor`. `took_ns`: how long it is to take."""
+
+    job_executor: str
+    task: WorkTask
+    took_ns: int
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -85,6 +94,7 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
 
 Message = (
     Dispatch
+    | DispatchWork
     | Abort
     | Drain
     | SwitchRole

@@ -44,7 +44,8 @@ PERMANENT: tuple[type[Exception], ...] = (
 
 
 class EngineLoop:
-    """Turns of: messages in, schedule and launch as many plans as may be in flight, complete the oldest, output out.
+    """Turns of: messages in, schedule, answers to peers out, launch as many plans as may be in flight, complete the
+    oldest, output out.
 
     With two plans in flight, all that a turn does is done while the device computes the other plan. Single-threaded;
     waits for the oldest plan, or for messages where there is nothing to compute.
@@ -91,11 +92,15 @@ class EngineLoop:
                 self._take(message, start)
             shell.report(start)
             plans = []
-            while (plan := shell.next_plan()) is not None:
+            plan, moves = shell.next_plan(), shell.moves()
+            answers = shell.outbox()
+            self._send(NOTHING, answers)  # peers wait for these: a launch may compute, and take as long as a step
+            while plan is not None:
                 runner.launch(plan)
                 if self._record is not None:
                     plans.append(PlanRecord.of(plan))
-            preemptions, moves = shell.core.preemptions, shell.moves()
+                plan = shell.next_plan()
+            preemptions, moves = shell.core.preemptions, moves + shell.moves()
             self._mover.start(moves)
             taken, done = NOTHING, None
             if in_flight:
@@ -109,7 +114,9 @@ class EngineLoop:
             outbox = shell.outbox()
             self._send(taken, outbox)
             if self._record is not None:
-                transfers = [(each.task_id, each.source_blocks, each.blocks) for each in outbox.transfers]
+                transfers = [
+                    (each.task_id, each.source_blocks, each.blocks) for each in answers.transfers + outbox.transfers
+                ]
                 turn = TurnRecord(
                     start, end, messages, plans, done, taken.stopped, preemptions, transfers, moves, taken.accepted
                 )

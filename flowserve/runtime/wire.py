@@ -63,6 +63,20 @@ class EngineSetup(msgspec.Struct, frozen=True):
     log_level: str = "info"
 
 
+class WorkerSetup(msgspec.Struct, frozen=True):
+    """The same for a worker's process; `slots`: tasks side by side."""
+
+    executor: str
+    spec: ExecutorSpec
+    slots: int
+    address: str
+    start_ns: int
+    report_to: tuple[str, ...]
+    report_period_ns: int
+    parent: int
+    log_level: str = "info"
+
+
 class Deliver(msgspec.Struct, frozen=True, tag=True):
     """A message for the shell; `payload` comes with a dispatch, `handle` with an offer of KV cache."""
 

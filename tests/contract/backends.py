@@ -13,17 +13,19 @@ from cluster.acceptance import Acceptance
 from cluster.actions import AbortTask, Action, DispatchTask, EndRequest, LaunchExecutor, SetTimer, SubmitRequest
 from cluster.request import Answer, KvSource, Request, Task
 from cluster.seam import Cluster
-from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage, TaskKind, to_ns
+from cluster.vocabulary import NS_PER_S, WORKERS, Outcome, Role, Stage, TaskKind, to_ns
 from flowserve.core.config import EngineConfig
 from flowserve.runtime.wire import NullDevice
-from real.cluster import Engine, RealCluster
+from real.cluster import Engine, RealCluster, WorkEngine
 from sim.cluster import SimCluster
 from sim.latency import Constant
-from sim.node import Delays, Node
+from sim.node import Delays, Node, WorkNode
 from sim.topology import HostShape, Wire
-from tests.builders import MODEL, make_spec
+from tests.builders import MODEL, make_spec, simple_times
 
 ACTORS = ("client", "je", "cm")
+SLOTS = 2
+"""Of workers."""
 GUARD_S = 60.0
 """A test that waits so long for an event has failed; nothing is asserted about speed."""
 
@@ -47,7 +49,13 @@ def sim_cluster(
         host=HostShape(Wire(1e9, 1e-4, 1e-5), pcie=Wire(1e9, 1e-4), ssd=Wire(1e8, 1e-4)),
         acceptance=Acceptance(acceptance),
     )
-    return SimCluster(actors, lambda spec: node, report_period_s, Delays(5e-5, 5e-5, 2e-5, 5e-5))
+    work = WorkNode(SLOTS, simple_times, node.stages)
+    return SimCluster(
+        actors,
+        lambda spec: work if spec.role in WORKERS else node,
+        report_period_s,
+        Delays(5e-5, 5e-5, 2e-5, 5e-5),
+    )
 
 
 def real_cluster(
@@ -60,7 +68,14 @@ def real_cluster(
 ) -> RealCluster:
     """Processes whose engine sleeps instead of computing."""
     kind = Engine(engine or EngineConfig(kv_blocks=2000), NullDevice(step_s, acceptance=Acceptance(acceptance)))
-    return RealCluster(actors, lambda spec: kind, lambda model: 1000, report_period_s=report_period_s, **options)
+    work = WorkEngine(SLOTS, simple_times)
+    return RealCluster(
+        actors,
+        lambda spec: work if spec.role in WORKERS else kind,
+        lambda model: 1000,
+        report_period_s=report_period_s,
+        **options,
+    )
 
 
 AHEAD = EngineConfig(kv_blocks=2000, max_in_flight=2)
@@ -84,7 +99,7 @@ def kill(cluster: Cluster, executor: str) -> None:
 def present(cluster: Cluster) -> set[str]:
     """Names of the executors that the cluster has, launching ones included."""
     if isinstance(cluster, SimCluster):
-        return {*cluster.executors, *cluster._starter._starts}
+        return {*cluster.executors, *cluster.workers, *cluster._starter._starts}
     assert isinstance(cluster, RealCluster)
     return set(cluster.process_ids())
 

@@ -7,10 +7,10 @@ import pytest
 
 from cluster import events as ev
 from cluster.actions import DrainExecutor, LaunchExecutor, RetireExecutor
-from cluster.vocabulary import FailureReason, Role, Stage, TaskKind
+from cluster.vocabulary import WORKERS, FailureReason, Role, Stage, TaskKind
 from flowserve.core.config import EngineConfig
 from tests.builders import make_spec
-from tests.contract.backends import Driver, kill
+from tests.contract.backends import SLOTS, Driver, kill
 
 
 @pytest.mark.parametrize("role", list(Role))
@@ -22,7 +22,8 @@ def test_a_launch_goes_through_five_stages(make_driver: Callable[..., Driver], r
     driver.submit(LaunchExecutor("te-0", make_spec(role)))
     ready = driver.wait(ev.ExecutorReady)
     assert (ready.to, ready.executor, ready.spec) == ("cm", "te-0", make_spec(role))
-    assert (ready.kv_blocks, ready.block_tokens, ready.max_sequences) == (123, 32, 7)
+    limits = (0, 0, SLOTS) if role in WORKERS else (123, 32, 7)
+    assert (ready.kv_blocks, ready.block_tokens, ready.max_sequences) == limits
     stages = driver.of(ev.StageFinished)
     assert [event.stage for event in stages] == list(Stage)
     assert {(event.to, event.executor) for event in stages} == {("cm", "te-0")}

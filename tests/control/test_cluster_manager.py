@@ -20,7 +20,8 @@ from cluster.actions import (
 )
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
-from cluster.vocabulary import NS_PER_S, ExecutorState, Role
+from cluster.vocabulary import NS_PER_S, ExecutorSpec, ExecutorState, Role
+from cluster.work import WORK
 from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
 from tests.builders import MODEL, load_report, make_spec
@@ -538,6 +539,21 @@ def test_a_fleet_that_does_not_fit_its_npus() -> None:
     """More executors at the start than NPUs is an error that says how many are needed."""
     with pytest.raises(ValueError, match=r"fleet.npus is 3, but the executors a run starts with take 4"):
         Office(groups=(GroupPlan(make_spec(npus=2), 2, 2, 2),), npus=3)
+
+
+def test_workers_are_for_the_job_executor_for_work_alone() -> None:
+    """Nobody else hears of them; CPU workers are launched where no NPUs are left, training waits for some."""
+    wish = Wish(1)
+    cpu, training = ExecutorSpec("cpu", Role.CPU, 0), ExecutorSpec("training", Role.TRAINING, 8)
+    groups = (*(GroupPlan(spec, 0, 0, 9) for spec in (cpu, training)), GroupPlan(make_spec(), 1, 1, 1))
+    office = Office(wish, groups, npus=8)
+    office.demand(1, "cpu", WORK)
+    assert [office.specs[name].spec for name in office.launched()] == [cpu]
+    assert office.ready("te-1")[:1] == [AnnounceExecutor(WORK, "te-1", cpu, ExecutorState.READY, 100, 8)]
+    office.demand(1, "training", WORK)
+    assert office.launched() == []
+    office.failed("te-0")  # its NPU is free, and its own group comes first
+    assert [office.specs[name].spec for name in office.launched()] == [make_spec()]
 
 
 class Shifting(Wish):

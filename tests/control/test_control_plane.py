@@ -21,14 +21,28 @@ from cluster.relay import relayed
 from cluster.request import Answer, Arrival, KvSource, Task, Trigger
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorState, FailureReason, Outcome, Role, Stage, TaskKind, to_ns
+from cluster.work import Train, WorkTask
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
 from sim.node import Failure
-from tests.builders import MODEL, Run, disaggregated, load_report, make_arrival, make_request, make_spec, run_sim
+from tests.builders import (
+    MODEL,
+    Run,
+    disaggregated,
+    load_report,
+    make_agent,
+    make_arrival,
+    make_request,
+    make_spec,
+    make_tuning,
+    run_sim,
+)
 
 AT: dict[str, Any] = {"to": "je-0", "time": 2**60 + 1, "occurred": 7}
 TASK: dict[str, Any] = {"request_id": 3, "task_id": (5 << 40) + 2, "executor": "te-1"}
 REQUEST = make_request(3, ids=(1, 2**64 - 1))
+AGENT = make_agent(3, [(20, 4), 0.5], [(40, 5)], ids=(1, 2**64 - 1))
+TUNING = make_tuning(4, checkpoint_steps=2, evaluation=[(9, 2)])
 LATE = 12_345
 
 EVENTS: list[Event] = [
@@ -65,6 +79,13 @@ EVENTS: list[Event] = [
     ev.RoleSwitched(**AT, executor="te-1", spec=make_spec(Role.DECODE)),
     ev.ExecutorRetired(**AT, executor="te-1"),
     ev.ExecutorFailed(**AT, executor="te-1", reason="signal 9"),
+    ev.WorkArrived(**AT, request=AGENT.request),
+    ev.CallArrived(**AT, request=REQUEST, caller="je-work"),
+    ev.CallEnded(**AT, request_id=3, outcome=Outcome.FAILED, generated=2, reason="lost"),
+    ev.WorkFinished(**AT, **TASK, started=5),
+    ev.WorkFailed(**AT, **TASK, reason=FailureReason.EXECUTOR_LOST, detail="said “no”"),
+    ev.WorkAborted(**AT, **TASK),
+    ev.WorkEnded(**AT, request_id=3, outcome=Outcome.REFUSED, reason="no worker"),
 ]
 """One of every kind, with values that a careless encoding would lose."""
 
@@ -104,6 +125,22 @@ RELAYED: list[tuple[Action, Event]] = [
         ev.NoCapacity(to="je-1", time=LATE, occurred=LATE, model=MODEL, reason="no NPUs"),
     ),
     (act.OpenDoors(), ev.FleetReady(to="client", time=LATE, occurred=LATE)),
+    (
+        act.SubmitWork("je-work", TUNING.request, TUNING.answer),
+        ev.WorkArrived(to="je-work", time=LATE, occurred=LATE, request=TUNING.request),
+    ),
+    (
+        act.SubmitCall("je-1", "je-work", REQUEST, 3, 0),
+        ev.CallArrived(to="je-1", time=LATE, occurred=LATE, request=REQUEST, caller="je-work"),
+    ),
+    (
+        act.EndCall("je-work", 3, Outcome.FINISHED, 4, ""),
+        ev.CallEnded(to="je-work", time=LATE, occurred=LATE, request_id=3, outcome=Outcome.FINISHED, generated=4),
+    ),
+    (
+        act.EndWork(3, Outcome.CANCELLED, ""),
+        ev.WorkEnded(to="client", time=LATE, occurred=LATE, request_id=3, outcome=Outcome.CANCELLED),
+    ),
 ]
 """Actions that are only messages, and what the addressed actor hears."""
 
@@ -117,6 +154,7 @@ PERFORMED: list[Action] = [
     act.SwitchRole("te-1", Role.DECODE),
     act.RetireExecutor("te-1"),
     act.EndRun(),
+    act.DispatchWork("je-work", "te-1", WorkTask(7, 3, Train(MODEL, 2, 100, 10, 0.5, False))),
 ]
 """Actions that executors, timers or the cluster itself have to carry out."""
 

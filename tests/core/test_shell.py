@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster import events as ev
 from cluster import identity
 from cluster.request import KvSource, Task
-from cluster.vocabulary import FailureReason, Role, TaskKind
+from cluster.vocabulary import SERVES, FailureReason, Role, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.messages import (
     Abort,
@@ -143,7 +143,7 @@ def test_a_retry_goes_on_behind_the_known_tokens() -> None:
     assert bench.of(ev.FirstToken) == []
 
 
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(SERVES))
 @pytest.mark.parametrize("kind", list(TaskKind))
 def test_a_role_takes_its_own_kind_of_task(role: Role, kind: TaskKind) -> None:
     """Any other kind of task is invalid there, and so is a decode task without a source of its KV cache."""

@@ -1,6 +1,11 @@
 """Command lines of runs that take a fraction of a second, and a profile without measuring."""
 
+import pytest
+
 from cluster.vocabulary import Stage
+from experiments import matrix, profiling
+from experiments.bystanders import Bystanders
+from sim.contention import Contention
 from sim.latency import Fitted
 from sim.profile import SCHEMA, FitError, Profile
 
@@ -46,5 +51,15 @@ PROFILE = Profile(
     dispatch_s=0.0,
     event_s=0.0,
     stages_s={str(stage): 0.01 for stage in Stage},
-    contention=0.0,
+    contention=Contention(),
+    residuals=[],
+    disturbed=None,
 )
+
+
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements on engines that sleep do not care who else uses the machine."""
+    for module in (profiling, matrix):
+        monkeypatch.setattr(module, "await_idle", lambda patience_s: None)
+    monkeypatch.setattr(Bystanders, "disturb", lambda *_: False)
+    monkeypatch.setattr(Bystanders, "share", lambda *_: 0.0)

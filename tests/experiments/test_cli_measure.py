@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import fidelity, profiling
+from cluster.fleet import Fleet
+from cluster.request import Task
+from experiments import fidelity, profile_load, profiling
 from experiments.commands import heatmap
 from experiments.outputs import read_summary
 from policies.dispatch.heat_map import HeatMap
 from sim import profile as profiles
 from tests.experiments.conftest import Command
-from tests.experiments.small import PROFILE, SIM
+from tests.experiments.small import PROFILE, SIM, undisturbed
 
 IMPATIENT = """
 from policies.dispatch.round_robin import RoundRobin
@@ -25,13 +27,17 @@ class Impatient(RoundRobin):
         return super().place(task, fleet, now_ns)
 """
 
-NULL_ENGINE = ("backend.device=null", "backend.step_s=0.001", "progress=false")
+NULL_ENGINE = ("backend.device=null", "backend.step_s=0.001", "progress=false", "profile_launches=1")
 
 
 @pytest.fixture
 def short_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few requests at a time, and nothing but sleeping engines."""
-    monkeypatch.setattr(profiling, "CONCURRENCY", (1, 3))
+    monkeypatch.setattr(profile_load, "CONCURRENCY", ((1, 3), (3, 3)))
+    monkeypatch.setattr(profile_load, "PROMPTS", 3)
+    monkeypatch.setattr(profile_load, "HANDED_OVER", (2, 12))
+    monkeypatch.setattr(profile_load, "DECODE_TOKENS", 12)
+    undisturbed(monkeypatch)
     monkeypatch.setattr(fidelity, "REAL_BASE", [*fidelity.REAL_BASE, *NULL_ENGINE[2:]])
 
 
@@ -47,6 +53,9 @@ def test_a_profile_is_measured_and_used(deepflow: Command) -> None:
     assert profile.steps > 100
     assert min(profile.coefficients_ns) >= 0
     assert profile.ranges["decode_sequences"][1] >= 3
+    assert len(profile.residuals) == profile.steps
+    assert profile.disturbed == 0
+    assert profile.handover_s is not None
     assert profile.dispatch_s > 0
     assert profile.event_s > 0
     ran = deepflow("run", *SIM, "latency=profile", f"latency.path={said.folder}")
@@ -86,10 +95,17 @@ def test_ctrl_c_ends_all_of_a_comparison(deepflow: Command) -> None:
 
 
 @pytest.mark.usefixtures("short_load")
-def test_ctrl_c_leaves_no_profile(deepflow: Command) -> None:
+def test_ctrl_c_leaves_no_profile(deepflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while measuring: no profile is fitted to half of the load."""
-    Path("impatient_policy.py").write_text(IMPATIENT)
-    said = deepflow("profile", *NULL_ENGINE, "dispatch._target_=impatient_policy.Impatient")
+    place, left = profile_load.ByNumber.place, iter(range(5))
+
+    def impatient(policy: profile_load.ByNumber, task: Task, fleet: Fleet, now_ns: int) -> str | None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return place(policy, task, fleet, now_ns)
+
+    monkeypatch.setattr(profile_load.ByNumber, "place", impatient)
+    said = deepflow("profile", *NULL_ENGINE)
     assert (said.code, said.out, said.err) == (130, "", "deepflow: interrupted\n")
     assert list(Path().glob("**/profile.json")) == []
 

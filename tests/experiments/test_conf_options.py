@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from cluster.events import ExecutorReady
 from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.recorder import Recorder
+from cluster.work import FIRST_CALL, WorkArrival
 from experiments import build
 from experiments.config import CONF, compose
 from policies.dispatch.least_outstanding import LeastOutstanding
@@ -31,6 +32,11 @@ NEEDS = {
     ("mix", "by_tenant"): ["trace=deepflow", "trace.reader.path={folder}/tenants.jsonl"],
     ("engine/chunking", "protect_tpot"): ["engine.chunking.prompt_token_s=5e-5"],
     ("hardware", "cpu"): ON_REAL[:2],
+    ("jobs", "agents"): ["fleet=with_workers", "jobs.sources.0.sessions=1"],
+    ("jobs", "fine_tuning"): ["fleet=with_workers"],
+    ("jobs", "mixed"): ["fleet=with_workers", "jobs.sources.0.sessions=1"],
+    ("trace", "claude_code"): ["fleet=with_workers", "trace.reader.path={folder}/session.json"],
+    ("trace", "none"): ["fleet=with_workers", "jobs=fine_tuning"],
     ("model", "llama3_70b"): SPLIT,
     ("model", "codellama_34b"): SPLIT,
     ("model", "qwen2_72b"): SPLIT,
@@ -48,6 +54,9 @@ NEEDS = {
 def files(tmp_path: Path) -> Path:
     """A folder with the files that options want to be told of."""
     (tmp_path / "trace.jsonl").write_text('{"arrival_s":0,"prompt_tokens":20,"output_tokens":4}\n')
+    call = {"type": "n", "in": 70, "out": 5, "hash_ids": [1], "input_types": ["text"], "think_time": 1.0}
+    session = {"id": "s", "block_size": 64, "requests": [call, {**call, "input_types": ["tool_result"]}]}
+    (tmp_path / "session.json").write_bytes(msgspec.json.encode(session))
     rows = [f'{{"arrival_s":0,"prompt_tokens":20,"output_tokens":4,"tenant":"{tenant}"}}\n' for tenant in "abc"]
     (tmp_path / "tenants.jsonl").write_text("".join(rows))
     grid = "prefill,1,0,0.01\nprefill,9,0,0.02\ndecode,1,0,0.01\ndecode,9,0,0.01\n"
@@ -94,14 +103,20 @@ def test_every_option_builds_and_runs(group: str, option: str, files: Path, monk
     recorder = Recorder()
     control = build.control_plane(cfg, workload.arrivals, recorder)
     with build.cluster(cfg, files) as cluster:
-        assert isinstance(cluster, RealCluster if option == "real" else SimCluster)
+        assert isinstance(cluster, RealCluster if cfg.backend.name == "real" else SimCluster)
         if isinstance(cluster, SimCluster):
             control.drive(cluster)
             assert set(recorder.outcomes) == {"finished"}
-            assert len(recorder.outcomes) == (1 if option == "deepflow" and group == "trace" else 3)
+            served = [number for number in recorder.requests["request_id"] if number < FIRST_CALL]
+            few = {("trace", "deepflow"): 1, ("trace", "none"): 0, ("trace", "claude_code"): 0}
+            assert len(served) == few.get((group, option), 3)
+            jobs = [] if control.work is None else control.work.recorder.rows
+            assert {row.outcome for row in jobs} == ({"finished"} if cfg.jobs.sources or not served else set())
 
 
-@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "trace"])
+@pytest.mark.parametrize(
+    "option", [option for group, option in OPTIONS if (group, option != "none") == ("trace", True)]
+)
 def test_traces_of_files(option: str, files: Path, trace_file: Callable[[str], Path]) -> None:
     """Where the files are there, a trace reads them."""
     from traces.catalog import KNOWN
@@ -113,7 +128,7 @@ def test_traces_of_files(option: str, files: Path, trace_file: Callable[[str], P
     assert not workload.stand_in
     first = next(iter(workload.arrivals))
     assert first.request.model == build.model_name(cfg)
-    assert first.request.prompt_tokens >= 1
+    assert isinstance(first, WorkArrival) == (option == "claude_code")
 
 
 @pytest.mark.parametrize("fleet", [option for group, option in OPTIONS if group == "fleet"])

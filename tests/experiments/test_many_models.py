@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cluster.vocabulary import Role
+from cluster.work import FIRST_CALL, Train
 from experiments import build, models
 from experiments.config import compose
 from experiments.outputs import read_requests, read_summary
@@ -103,6 +104,61 @@ def test_what_cannot_be_served() -> None:
         build.sim_node(compose([two, "latency=profile", "latency.path=profile.json"]))
     with pytest.raises(ValueError, match=r"fleet.groups\[1\] is another group of colocated executors of llama3-8b"):
         build.groups(compose(["fleet.groups=[{role: colocated, executors: 1}, {role: colocated, executors: 2}]"]))
+
+
+def test_workers_belong_to_no_model(tmp_path: Path) -> None:
+    """Beside the groups of two models, workers tune the one that is asked for; a profile speaks for executors alone."""
+    fleet = (
+        "fleet.groups=[{role: training, executors: 1, npus: 8}, {role: cpu, executors: 1, slots: 3}, "
+        "{role: colocated, executors: 1, copies: 2}]"
+    )
+    cfg = compose([fleet])
+    assert list(models.served(cfg)) == ["llama3-8b-0", "llama3-8b-1"]
+    entries = build.group_entries(cfg)
+    assert [(spec.model, spec.npus, entry.slots) for spec, entry in entries.items()] == [
+        ("training", 8, 1),
+        ("cpu", 0, 3),
+        ("llama3-8b-0", 1, 1),
+        ("llama3-8b-1", 1, 1),
+    ]
+    train = Train("llama3-8b-1", 1, 2048, 32, 1.0)
+    training, cpu = (build.sim_node(cfg)(spec) for spec in list(entries)[:2])
+    assert training.time(next(iter(entries)), train) > 10**9
+    assert cpu.slots == 3
+    with pytest.raises(ValueError, match="a job trains 'gpt-9': allowed are the models that"):
+        training.time(next(iter(entries)), Train("gpt-9", 1, 2048, 32, 1.0))
+    profile = tmp_path / "profile.json"
+    profile.write_bytes(msgspec.json.encode(PROFILE))
+    build.sim_node(compose([fleet, "latency=profile", f"latency.path={profile}"]))
+    with pytest.raises(ValueError, match=r"fleet.groups\[0\].copies is 2: workers belong to no model, leave it out"):
+        build.groups(compose(["fleet.groups=[{role: cpu, executors: 1, copies: 2}, {role: colocated, executors: 1}]"]))
+
+
+def test_training_workers_sit_on_hosts() -> None:
+    """Their NPUs are taken from those of executors; workers on CPUs take no place."""
+    fleet = "fleet.groups=[{role: colocated, executors: 4}, {role: cpu, executors: 9}, %s]"
+    training = "{role: training, executors: 1, npus: %d}"
+    with pytest.raises(ValueError, match=r"backend.hosts is 1: training executor 1 of training, which takes 8 NPUs"):
+        build.cluster(compose([fleet % (training % 8), "backend.hosts=1"]), None)
+    build.cluster(compose([fleet % (training % 4), "backend.hosts=1"]), None).close()
+    waits = build.sim_node(compose([fleet % (training % 8)]))
+    hosts = [waits(plan.spec).host for plan in build.groups(compose([fleet % (training % 8)]))]
+    assert hosts[0] == hosts[2] and hosts[1] is None
+
+
+def test_agents_ask_for_one_of_several_models(tmp_path: Path) -> None:
+    """Requests of the trace are mixed over the models, jobs ask for the run's own; costs are of all."""
+    jobs = ("jobs=agents", "jobs.sources.0.sessions=2", "jobs.sources.0.max_context=20000", "jobs.sources.0.rate=5")
+    cfg = compose([*THREE, *jobs, "jobs.sources.0.time_scale=0.01", "trace.duration_s=20", f"out={tmp_path}"])
+    cfg.fleet.groups.append({"role": "cpu", "executors": 2})
+    result = run(cfg)
+    requests = read_requests(tmp_path)
+    assert set(requests.outcome) == {"finished"}
+    calls = requests.request_id >= FIRST_CALL
+    assert set(requests.model[calls]) == {"llama3-8b"} and len(set(requests.model[~calls])) == 3
+    assert {row.outcome for row in result.jobs.rows} == {"finished"}
+    assert result.summary["npu_hours"] > 0 and result.summary["cost_usd"] > 0
+    assert sum(each["npu_seconds"] for each in result.models.values()) == pytest.approx(result.summary["npu_seconds"])
 
 
 def test_groups_have_profiles_of_their_own(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.recorder import Recorder
 from cluster.vocabulary import Stage, TaskKind, to_ns
+from cluster.work import FIRST_CALL
 from experiments import timeline
 from experiments.task_log import TaskLog
 from experiments.timeline import Spans, write_timeline
@@ -19,7 +20,7 @@ from flowserve.core.tiers import TierConfig
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.node import Failure
 from sim.topology import Wire
-from tests.builders import Run, disaggregated, make_arrival, run_sim
+from tests.builders import Run, disaggregated, make_agent, make_arrival, make_tuning, run_sim, workers
 from tests.experiments.test_outputs import recorded
 
 Event = dict[str, Any]
@@ -131,6 +132,21 @@ def test_every_run_keeps_to_the_format(tmp_path: Path) -> None:
     (refused,) = (event["args"] for event in events if event["name"] == "r40 arrives")
     assert refused["outcome"] == "failed" and refused["reason"]
     assert {event["name"] for event in events if event["ph"] == "i"} >= {"failed"}
+
+
+def test_jobs_are_in_it_too(tmp_path: Path) -> None:
+    """A tool lies on its worker, an agent's calls are requests, and an arrow leads from preprocessing to training."""
+    workload: list[Any] = [make_agent(0, [(10, 5)], [0.5]), make_tuning(1, steps=2), make_agent(2, [0.2])]
+    groups = [*disaggregated(0, 0, 1), *workers(1, 1)]
+    _, events, _ = drawn(tmp_path / "t.json", workload, groups=groups, failures=[Failure(0.6, "te-2")])
+    check_format(events)
+    tasks = [event for event in events if event.get("cat") == "task"]
+    assert [event["name"] for event in tasks if event["pid"] == 3] == ["r1 preprocess", "r2 tool", "r0 tool"]
+    assert f"r{FIRST_CALL} serve" in {event["name"] for event in tasks}
+    trains = [event for event in tasks if event["name"] == "r1 train"]
+    assert [event["args"].get("failed") for event in trains] == ["executor lost", None]
+    flows = [event for event in events if event["ph"] in "stf"]
+    assert {event["pid"] for event in flows if event["ph"] == "f"} >= {trains[-1]["pid"]}
 
 
 def test_a_task_is_a_slice_with_its_phases(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ from policies.scaling.fixed import Fixed
 from policies.scaling.target_utilisation import TargetUtilisation
 from sim.cluster import SimCluster
 from sim.coldstart import Load
+from sim.contention import Contention
 from sim.latency import Constant, Fitted
 from sim.model_shape import ModelShape
 from sim.node import Delays, Failure
+from sim.noise import Noise
 from sim.roofline import Roofline
 from sim.topology import Hosts, HostShape, Wire
 from tests.builders import (
@@ -80,6 +82,8 @@ LATENCIES = (
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
 )
+
+NOISES = (None, None, Noise((1.0, 0.93, 1.21, 0.98, 3.0), 1), Noise((0.5,), 2))
 
 
 LOADS = (
@@ -198,6 +202,9 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         "hosts": draw(st.sampled_from([None, None, Hosts(5)])),  # at least what the run starts with
         "load": draw(st.sampled_from(LOADS)),
         "acceptance": 0.6,
+        "kv_host_s": draw(st.sampled_from([0.0, 0.0013])),
+        "noise": draw(st.sampled_from(NOISES)),
+        "contention": draw(st.sampled_from([Contention(), Contention(), Contention(0.3, 0.1, 0.0, 0.2)])),
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
         "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),

@@ -162,3 +162,19 @@ def test_the_simulated_runs_are_those_of_the_block_tables(workload: Callable[[],
         watch=watch,
     )
     assert moved(run)[-1][2] == len(contiguous_runs(*tables[LONG]))
+
+
+def test_an_engine_that_copies_by_itself_computes_later() -> None:
+    """Each fetch puts off what its request waits for, or the step that is scheduled already, and no other."""
+    workload = [make_arrival(0, prompt=20, output=40), make_arrival(1, at_s=0.055, prompt=20, output=5)]
+    gaps, first = {}, {}
+    for kv_host_s in (0.0, 0.003):
+        run = run_sim(
+            workload, groups=disaggregated(), latency=lambda: Constant(STEP_S), kv_host_s=kv_host_s, coalesce=True
+        )
+        decoded = next(event for event in run.of(ev.TaskFinished) if event.request_id == 0 and event.tokens > 1)
+        gaps[kv_host_s], first[kv_host_s] = decoded.token_gaps_ns, handover(run, 0)
+    assert first[0.003] == to_ns(STEP_S + 0.003) > first[0.0] > to_ns(STEP_S)
+    longer = [after - before for before, after in zip(gaps[0.0], gaps[0.003], strict=True)]
+    assert longer.count(to_ns(0.003)) == 1  # for the other request
+    assert longer.count(0) == len(longer) - 1

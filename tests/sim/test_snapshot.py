@@ -13,7 +13,7 @@ from cluster.control import ControlPlane
 from cluster.events import Event
 from cluster.manager import GroupPlan
 from cluster.request import Answer, Arrival
-from cluster.vocabulary import Stage
+from cluster.vocabulary import Role, Stage
 from experiments import compiled
 from experiments.snapshot import State, pickled
 from experiments.task_log import TaskLog
@@ -25,7 +25,16 @@ from policies.scaling.fixed import Fixed
 from sim.cluster import SimCluster
 from sim.node import Failure
 from sim.topology import Wire
-from tests.builders import disaggregated, make_arrival, make_request, run_sim, tier_wires
+from tests.builders import (
+    disaggregated,
+    make_agent,
+    make_arrival,
+    make_request,
+    make_tuning,
+    run_sim,
+    tier_wires,
+    workers,
+)
 from tests.sim import test_coalesced as coalesced
 
 pytestmark = pytest.mark.skipif(compiled.is_active(), reason="compiled objects cannot be pickled")
@@ -61,7 +70,7 @@ def snapshot_of(
 
 
 def left_by(control: ControlPlane, executors: dict[str, Any]) -> dict[str, Any]:
-    recorder = control.recorder
+    recorder, work = control.recorder, control.work
     return {
         "requests": {name: list(column) for name, column in recorder.requests.items()},
         "texts": (recorder.outcomes, recorder.reasons, recorder.executors),
@@ -69,6 +78,7 @@ def left_by(control: ControlPlane, executors: dict[str, Any]) -> dict[str, Any]:
         "scaling": recorder.scaling,
         "loads": list(recorder.loads),
         "steps": {name: executor.steps for name, executor in executors.items()},
+        "jobs": [] if work is None else [[getattr(row, name) for name in row.__slots__] for row in work.recorder.rows],
     }
 
 
@@ -161,6 +171,23 @@ def test_in_the_middle_of_a_copy_between_tiers() -> None:
         return any(executor.shell.core.rtc._transits for executor in cluster.executors.values())
 
     check(workload, arguments, on_their_way)
+
+
+def test_in_the_middle_of_jobs() -> None:
+    """A tool and a training task that run at the snapshot end after it, and what waits for their workers goes on."""
+    workload: list[Any] = [
+        make_tuning(0, steps=6, checkpoint_steps=2, evaluation=[(20, 5)]),
+        *(make_agent(number, [(32, 4)], [0.5, 0.3], [(64, 8)], at_s=0.1 * number) for number in range(1, 12)),
+        *(make_arrival(number, at_s=0.1 * number, output=40) for number in range(12, 40)),
+    ]
+    arguments = {"groups": [*disaggregated(0, 0, 1), *workers(1, 1)]}
+
+    def busy(control: ControlPlane, cluster: SimCluster, events: int) -> bool:
+        running = [worker.worker.slots.running for worker in cluster.workers.values()]
+        assert control.work is not None
+        return len(running) == 2 and all(running) and control.work.parked(Role.CPU) > 1
+
+    check(workload, arguments, busy)
 
 
 def test_deep_trees_are_no_obstacle() -> None:

@@ -69,7 +69,9 @@ def test_formats_are_modules(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("name", ["vidur", "", "../stats"])
 def test_unknown_format(name: str) -> None:
     """An unknown format is refused with the list of known ones."""
-    with pytest.raises(TraceError, match=f"the trace format is '{name}': allowed is azure2023, deepflow, mooncake; "):
+    with pytest.raises(
+        TraceError, match=f"the trace format is '{name}': allowed is azure2023, claude_code, deepflow, mooncake; "
+    ):
         formats.reader_of(name)
 
 

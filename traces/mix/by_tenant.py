@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cluster.request import Arrival
+from cluster.work import AnyArrival
 from traces.errors import TraceError, require
 
 
@@ -16,13 +16,13 @@ class ByTenant:
     Whatever model an arrival named is replaced. TraceError: a request without a tenant.
     """
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     models: Sequence[str]
 
     def __post_init__(self) -> None:
         require(len(self.models) > 0, "models", list(self.models), "at least one", "name groups in fleet.groups")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         chosen: dict[str, str] = {}
         for arrival in self.arrivals:
             tenant = arrival.request.tenant

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from cluster.request import Arrival
 from cluster.streams import stream
+from cluster.work import AnyArrival
 from traces.errors import require
 
 _CHUNK = 4096
@@ -22,7 +22,7 @@ class Zipf:
     models, which share no cache: `ByTenant` keeps them together. The same seed gives the same models.
     """
 
-    arrivals: Iterable[Arrival]
+    arrivals: Iterable[AnyArrival]
     models: Sequence[str]
     exponent: float = 1.0
     seed: int = 0
@@ -32,7 +32,7 @@ class Zipf:
         ok = 0 <= self.exponent < math.inf
         require(ok, "exponent", self.exponent, "0 (all alike) and more", "1 is Zipf's own law")
 
-    def __iter__(self) -> Iterator[Arrival]:
+    def __iter__(self) -> Iterator[AnyArrival]:
         shares = np.arange(1, len(self.models) + 1, dtype=float) ** -self.exponent
         upto = np.cumsum(shares / shares.sum())
         chosen = self._draws(upto)

@@ -20,6 +20,8 @@ One request per row, in order of arrival. Times are seconds with up to nine deci
 | after_count | closed loop | or: wait until so many requests of the run got there |
 | delay_s | no | closed loop: time between the event and the request (think time), 0 if absent |
 | cancel_after_s | no | the client gives up so long after it sent the request |
+| work | JSONL only | work other than serving, in place of all fields of tokens and blocks: see below |
+| lengths | with work | how long each of its steps really is: tokens of a call's answer, seconds of a tool |
 
 In CSV an empty field is an absent one. An unknown field is an error, so that a misspelt one is not lost silently.
 
@@ -29,14 +31,24 @@ In CSV an empty field is an absent one. An unknown field is an error, so that a 
 
     {"arrival_s":0,"prompt_tokens":20,"output_tokens":14,"block_ids":[71],"answer_block_ids":[71,83]}
     {"after_event":"ended","after_request":0,"delay_s":4.5,"prompt_tokens":50,"output_tokens":9,"block_ids":[71,83,90]}
+
+Work is one of the structs of `cluster.work` with its type: an agent's turn with its rounds of calls and tools, or
+fine-tuning.
+
+    {"arrival_s":0,"work":{"type":"Agent","contexts":[[71,83]],"rounds":[[{"type":"Call","prompt_tokens":20,
+     "max_tokens":50,"context":0}],[{"type":"Tool","name":"grep"}]]},"lengths":[14,2.5]}
+    {"arrival_s":9,"work":{"type":"FineTuning","tokens":1000000}}
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from cluster.request import Answer, Arrival, Request, Trigger
 from cluster.vocabulary import BLOCK_TOKENS
+from cluster.work import Agent, AnyArrival, FineTuning, Tool, Truth, WorkArrival, WorkRequest
 from traces.errors import TraceError
 from traces.file_trace import FileTrace
 from traces.rows import Row, csv_rows, jsonl_rows
@@ -58,7 +70,8 @@ CSV_FIELDS = (
     "deadline_s",
     "cancel_after_s",
 )
-JSONL_FIELDS = (*CSV_FIELDS, "block_ids", "answer_block_ids")
+JSONL_FIELDS = (*CSV_FIELDS, "block_ids", "answer_block_ids", "work", "lengths")
+NOT_WITH_WORK = (*REQUIRED, "max_tokens", "deadline_s", "block_ids", "answer_block_ids")
 
 _MOST = (1 << 63) - 1
 
@@ -66,13 +79,14 @@ _MOST = (1 << 63) - 1
 class DeepFlowTrace(FileTrace):
     """Reads our own format. ValueError (`TraceError`): an unknown ending, or a row that breaks the rules above."""
 
-    def read(self, file: Path) -> Iterator[Arrival]:
+    def read(self, file: Path) -> Iterator[AnyArrival]:
         latest_ns, latest_id = 0, -1
         for index, row in enumerate(_rows(file)):
             for name in row.values:
                 if name not in JSONL_FIELDS:
                     raise row.error(name, f"none but {', '.join(JSONL_FIELDS)}", "rename the field or delete it")
-            request = self._request(row, index)
+            works = row.has("work")
+            request = self._work(row, index) if works else self._request(row, index)
             if request.request_id <= latest_id:
                 raise row.error("request_id", f"more than {latest_id}, the row above", "number requests in row order")
             latest_id = request.request_id
@@ -82,10 +96,13 @@ class DeepFlowTrace(FileTrace):
                 at_ns = row.time_ns("arrival_s")
                 row.not_before("arrival_s", at_ns, latest_ns)
                 latest_ns = at_ns
+            cancel_ns = row.time_ns("cancel_after_s") if row.has("cancel_after_s") else None
+            if isinstance(request, WorkRequest):
+                yield _work_arrival(row, request, at_ns, after, cancel_ns)
+                continue
             answer = self._answer(row, request)
             if request.max_tokens < answer.output_tokens:
                 raise row.error("max_tokens", f"at least output_tokens, {answer.output_tokens}")
-            cancel_ns = row.time_ns("cancel_after_s") if row.has("cancel_after_s") else None
             yield Arrival(request, answer, at_ns, after, cancel_ns)
 
     def _request(self, row: Row, index: int) -> Request:
@@ -103,6 +120,24 @@ class DeepFlowTrace(FileTrace):
             deadline_ns=_deadline(row) if row.has("deadline_s") else None,
         )
 
+    def _work(self, row: Row, index: int) -> WorkRequest:
+        for name in NOT_WITH_WORK:
+            if row.has(name):
+                raise row.error(name, "none beside work", "leave it out")
+        try:
+            work: Agent | FineTuning = msgspec.json.decode(_ENCODE(row.values["work"]), type=Agent | FineTuning)
+            return WorkRequest(
+                request_id=row.integer("request_id", least=0, most=_MOST) if row.has("request_id") else index,
+                work=work,
+                model=self.model,
+                tenant=row.text("tenant"),
+                priority=row.integer("priority", least=-_MOST, most=_MOST) if row.has("priority") else 0,
+            )
+        except (msgspec.ValidationError, ValueError) as error:
+            if isinstance(error, TraceError):
+                raise
+            raise row.error("work", f"an Agent or FineTuning that can be ({error})") from error
+
     def _answer(self, row: Row, request: Request) -> Answer:
         tokens = self.output_tokens(row, "output_tokens")
         if not row.has("answer_block_ids"):
@@ -112,6 +147,24 @@ class DeepFlowTrace(FileTrace):
         if request.block_ids is None or ids[: len(request.block_ids)] != request.block_ids:
             raise row.error("answer_block_ids", "a list that begins with block_ids")
         return Answer(tokens, ids)
+
+
+_ENCODE = msgspec.json.Encoder(decimal_format="number").encode
+
+
+def _work_arrival(
+    row: Row, request: WorkRequest, at_ns: int, after: Trigger | None, cancel_ns: int | None
+) -> WorkArrival:
+    """A row of work; tools are given in seconds."""
+    steps = request.work.steps if isinstance(request.work, Agent) else request.work.evaluation
+    given = row.values.get("lengths") or []
+    if not isinstance(given, list) or len(given) != len(steps):
+        raise row.error("lengths", f"a list of {len(steps)} numbers, one for each call and tool of work")
+    lengths = []
+    for step, length in zip(steps, given, strict=True):
+        each = Row(row.file, row.line, {"lengths": length})
+        lengths.append(each.time_ns("lengths") if isinstance(step, Tool) else each.integer("lengths", least=1))
+    return WorkArrival(request, Truth(tuple(lengths)), at_ns, after, cancel_ns)
 
 
 def _rows(file: Path) -> Iterator[Row]:
