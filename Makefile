@@ -4,7 +4,7 @@
 #     make PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu' run      torch without CUDA
 
 SHELL := bash
-.PHONY: run test bench compiled format clean
+.PHONY: run test test-compiled bench compiled format clean
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -24,6 +24,13 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+	@if command -v cc > /dev/null; then $(MAKE) --no-print-directory test-compiled; \
+	else echo "no C compiler: the compiled core was not tested"; fi
+
+# The same tests on the compiled core, of what is compiled.
+test-compiled: compiled
+	DEEPFLOW_COMPILED=1 $(BIN)/pytest tests/core tests/control tests/golden tests/policies tests/sim/test_coalesced.py \
+	    tests/sim/test_network.py tests/sim/test_sim_lifecycle.py tests/sim/test_sim_transfers.py
 
 # All that this machine can measure, in about 15 minutes on two idle cores; writes experiments/data/bench and README.md.
 bench: $(STAMP)
@@ -31,7 +38,8 @@ bench: $(STAMP)
 
 # The torch-free core compiled by mypyc, for runs with DEEPFLOW_COMPILED=1: about twice as fast. Needs a C compiler.
 compiled: $(STAMP)
-	$(BIN)/python -m experiments.compiled
+	$(BIN)/python -m experiments.compiled > build-compiled.log 2>&1 || { tail -n 20 build-compiled.log >&2; exit 1; }
+	@rm -f build-compiled.log
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -178,6 +178,7 @@ def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
     file = folder / "launch.json"
     if file.is_file():
         return msgspec.json.decode(file.read_bytes(), type=Launch)
+    build.check_types(cfg)
     sizes = (_engines(cfg), cfg.engine.max_sequences, cfg.profile_max_prompt)
     load = profile_load.load(build.model_name(cfg), *sizes, cfg.seed)
     recorder, steps = _run(cfg, load.arrivals, folder, patience_s)
