@@ -19,7 +19,9 @@ hypothesis.settings.load_profile("deepflow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test marked `gpu` where torch sees no CUDA device."""
+    """Skips a test marked `gpu` where torch sees no CUDA device, and one marked `pure` on the compiled core."""
+    if item.get_closest_marker("pure") is not None and compiled.is_active():
+        pytest.skip("compiled objects cannot be copied, nor their methods replaced")
     if item.get_closest_marker("gpu") is not None:
         import torch
 
@@ -29,8 +31,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def laws() -> Iterator[Watch]:
-    """Holds every simulated run of the test to Little's law and to the conservation of requests, tasks and work. Not on
-    the compiled core: nothing can be hung on compiled classes.
+    """Holds every simulated run of the test to Little's law and to the conservation of requests, tasks and work; not on
+    the compiled core, whose methods cannot be watched.
     """
     watch = Watch()
     if compiled.is_active():

@@ -11,14 +11,13 @@ import pytest
 from cluster import events as ev
 from cluster.job_executor import JobExecutor
 from cluster.jobs.executor import WorkJobExecutor
-from experiments import compiled
 from flowserve.core.master import Master
 from flowserve.core.scheduler import EngineCore
 from flowserve.core.worker import Slots
 from tests.builders import disaggregated, make_agent, make_arrival, run_sim, workers
 from tests.invariants import Watch
 
-pytestmark = pytest.mark.skipif(compiled.is_active(), reason="nothing can be hung on compiled classes")
+pytestmark = pytest.mark.pure
 
 
 def test_every_run_is_watched(laws: Watch) -> None:

@@ -192,6 +192,7 @@ def test_work_that_nothing_can_run_is_refused() -> None:
     assert bench.arrive(make_agent(1, [1.0])) == [EndWork(1, Outcome.FAILED, "no host")]
 
 
+@pytest.mark.pure
 def test_its_state_can_be_stored_at_any_moment() -> None:
     """A copy through pickle goes on exactly as the original does."""
     bench = Bench()

@@ -6,7 +6,6 @@ import pytest
 
 from cluster import identity
 from cluster.vocabulary import FailureReason, Role, TaskKind
-from experiments import compiled
 from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan, StepResult
 from flowserve.core.scheduler import EngineCore
@@ -349,7 +348,7 @@ def test_no_steps_are_skipped_while_blocks_return() -> None:
     assert core.steady_steps(10) == 10
 
 
-@pytest.mark.skipif(compiled.is_active(), reason="compiled objects cannot be copied")
+@pytest.mark.pure
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("block", [16, 32])
 def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:

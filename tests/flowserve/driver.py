@@ -179,8 +179,8 @@ class Reference:
             logits: torch.Tensor = self.model(torch.tensor([tokens])).logits[0]
         return logits
 
-    def check_greedy(self, prompt: list[int], output: list[int]) -> None:
-        """Every output token is the most likely one behind what precedes it, or less than 1e-4 below it."""
+    def check_greedy(self, prompt: list[int], output: list[int], within: float = 1e-4) -> None:
+        """Every output token is the most likely one behind what precedes it, or less than `within` below it."""
         logits = self.logits([*prompt, *output])[len(prompt) - 1 : -1]
         short = logits.amax(-1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        assert short.max() < 1e-4, f"tokens {short.nonzero().flatten().tolist()} are not the reference's"
+        assert short.max() < within, f"tokens {short.nonzero().flatten().tolist()} are not the reference's"

@@ -1,4 +1,4 @@
-"""The engine on the Ascend operators, under a torch_npu that asserts their contracts: same tokens as on the CPU."""
+"""The engine on the Ascend operators, under a torch_npu that asserts their contracts: same tokens as the reference."""
 
 import inspect
 import re
@@ -14,11 +14,15 @@ from flowserve.core.tiers import TierConfig
 from flowserve.ops import Ops
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.sampling import Sampling
-from tests.flowserve.driver import GREEDY, TINY, Engine, make_prompt
+from tests.flowserve.driver import GREEDY, TINY, Engine, Reference, make_prompt
 from tests.flowserve.npu import plugged, recorded
 
 PROMPTS = [make_prompt(length, length) for length in (1, 5, 100, 128, 129, 300)]
 LIMIT = 10
+HALF = 0.02
+"""What float16 may take from a logit, of a spread of 1: two tokens as close as that may change places, and on which
+processors they do depends on the order in which it adds.
+"""
 COMMON = {"npu_rms_norm", "npu_rotary_mul", "npu_swiglu"}
 FUSED = {*COMMON, "npu_fused_infer_attention_score", "npu_scatter_pa_kv_cache"}
 ATB = {*COMMON, "_npu_reshape_and_cache", "_npu_paged_attention", "_npu_paged_attention_splitfuse", "npu_format_cast"}
@@ -87,10 +91,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         *[("310P", name) for name in ("llama 16", "llama 128", "llama 192", "qwen3_moe 128")],
     ],
 )
-def test_tokens_are_those_of_the_cpu(models: Models, family: str, name: str) -> None:
-    """Whatever the chip and the head size, mixed steps give the tokens of the float32 CPU path, by these operators."""
+def test_tokens_are_those_of_the_reference(models: Models, family: str, name: str) -> None:
+    """Whatever the chip and the head size, mixed steps give the tokens of the float32 reference, by these operators."""
     with plugged(family), recorded() as calls:
-        assert models.serve(name) == models.expected(name)
+        served = models.serve(name)
+    reference = Reference(models.folders[name])
+    for prompt, tokens in zip(PROMPTS, served, strict=True):
+        reference.check_greedy(prompt, tokens, HALF)
     operators = ATB if family == "310P" else FUSED | (EXPERTS if "moe" in name else set())
     if "moe" in name:  # experts of 48 are too narrow for it on every chip, and these models have no other MLP
         operators = operators - {"npu_swiglu"} if family == "310P" else operators

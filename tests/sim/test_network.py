@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.vocabulary import NS_PER_S, to_ns
-from experiments import compiled
 from sim.network import BYTE, UNIT, Filling, Flow, Link, Network, Path
 
 RATES = (1e6, 3e6, 7e5, 1e9)
@@ -236,7 +235,7 @@ def test_two_share_and_one_alone_takes_over() -> None:
     assert sorted(net.ended) == [(0, to_ns(1.5), True), (1, to_ns(1.5), True)]
 
 
-@pytest.mark.skipif(compiled.is_active(), reason="compiled classes cannot be replaced")
+@pytest.mark.pure
 def test_only_what_a_full_link_joins_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand flows elsewhere, and a link with room for all: the work is that of the two who compete."""
     sizes: list[int] = []
@@ -280,7 +279,7 @@ def test_crossing_a_link_twice_takes_twice() -> None:
     assert [flow.rate for flow in net.flows] == [net.links[0].capacity // 3] * 2
 
 
-@pytest.mark.skipif(compiled.is_active(), reason="compiled objects cannot be pickled")
+@pytest.mark.pure
 def test_a_network_with_transfers_under_way_can_be_pickled() -> None:
     """A copy goes on and ends as the first does."""
     net = Net([1e6, 2e6])

@@ -14,7 +14,6 @@ from cluster.events import Event
 from cluster.manager import GroupPlan
 from cluster.request import Answer, Arrival
 from cluster.vocabulary import Role, Stage
-from experiments import compiled
 from experiments.snapshot import State, pickled
 from experiments.task_log import TaskLog
 from flowserve.core.config import EngineConfig
@@ -37,7 +36,7 @@ from tests.builders import (
 )
 from tests.sim import test_coalesced as coalesced
 
-pytestmark = pytest.mark.skipif(compiled.is_active(), reason="compiled objects cannot be pickled")
+pytestmark = pytest.mark.pure
 
 Decisions = list[tuple[Event, list[Action]]]
 When = Callable[[ControlPlane, SimCluster, int], bool]
