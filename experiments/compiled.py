@@ -46,6 +46,7 @@ MODULES = (
     "sim.latency",
     "sim.network",
     "sim.roofline",
+    "sim.table",
 )
 
 

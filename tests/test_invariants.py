@@ -17,6 +17,8 @@ from flowserve.core.worker import Slots
 from tests.builders import disaggregated, make_agent, make_arrival, run_sim, workers
 from tests.invariants import Watch
 
+pytestmark = pytest.mark.pure
+
 
 def test_every_run_is_watched(laws: Watch) -> None:
     """The fixture that all tests have sees this one's run, its control plane and its engines."""

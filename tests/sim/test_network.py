@@ -254,7 +254,7 @@ def test_only_what_a_full_link_joins_is_looked_at(monkeypatch: pytest.MonkeyPatc
     assert sizes == [2]
 
 
-def test_a_change_goes_no_further_than_it_is_felt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_goes_no_further_than_it_is_felt() -> None:
     """In a row of links of which each two have a flow in common, one at the end is nothing to those far away."""
     net = Net([1e6] * 400)
     for number in range(399):

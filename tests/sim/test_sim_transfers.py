@@ -11,7 +11,6 @@ from flowserve.core.allocator import AllocatorKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import contiguous_runs
 from sim.latency import Constant
-from sim.network import Network, Path
 from sim.node import Delays
 from sim.topology import Wire
 from tests.builders import Run, disaggregated, make_arrival, run_sim
@@ -22,27 +21,9 @@ LONG = 2
 KINDS: tuple[AllocatorKind, ...] = ("segment", "stack")
 
 
-def watched(log: list[tuple[int, int, int, int]]) -> Callable[..., None]:
-    """In place of `Network.start`: notes what moves: (asked for at, bytes, calls, done at)."""
-    start = Network.start
-
-    def noted(
-        network: Network,
-        path: Path,
-        num_bytes: int,
-        calls: int,
-        on_end: Callable[[bool], None],
-        parties: tuple[str, ...] = (),
-    ) -> None:
-        asked = int(network._env.now)
-
-        def end(success: bool) -> None:
-            log.append((asked, num_bytes, calls, int(network._env.now)))
-            on_end(success)
-
-        start(network, path, num_bytes, calls, end, parties)
-
-    return noted
+def moved(run: Run) -> list[tuple[int, int, int, int]]:
+    """All hand-overs: asked for at, bytes, calls, done at."""
+    return [(span.start_ns, span.num_bytes, span.pieces, span.end_ns) for span in run.cluster.transfers]
 
 
 def prefill_and_decode(
@@ -54,21 +35,18 @@ def prefill_and_decode(
     allocator: AllocatorKind = "stack",
     kv_blocks: int = 100,
 ) -> tuple[Run, list[tuple[int, int, int, int]]]:
-    log: list[tuple[int, int, int, int]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Network, "start", watched(log))
-        run = run_sim(
-            workload,
-            groups=disaggregated(),
-            engine=EngineConfig(kv_blocks, 16, 512, 8, prefix_cache=prefix_cache, allocator=allocator),
-            latency=lambda: Constant(STEP_S),
-            wire=Wire(*link),
-            kv_bytes_per_token=BYTES_PER_TOKEN,
-            kv_segments=segments,
-            delays=Delays(peer_s=peer_s),
-        )
+    run = run_sim(
+        workload,
+        groups=disaggregated(),
+        engine=EngineConfig(kv_blocks, 16, 512, 8, prefix_cache=prefix_cache, allocator=allocator),
+        latency=lambda: Constant(STEP_S),
+        wire=Wire(*link),
+        kv_bytes_per_token=BYTES_PER_TOKEN,
+        kv_segments=segments,
+        delays=Delays(peer_s=peer_s),
+    )
     assert {row["outcome"] for row in run.rows.values()} == {Outcome.FINISHED}
-    return run, log
+    return run, moved(run)
 
 
 def handover(run: Run, request_id: int) -> int:
@@ -166,7 +144,6 @@ def test_a_prefix_cached_at_the_receiver_is_not_moved() -> None:
 def test_the_simulated_runs_are_those_of_the_block_tables(workload: Callable[[], list[Arrival]]) -> None:
     """What the link is charged for is what both engines' block tables really are."""
     tables: dict[int, tuple[list[int], list[int]]] = {}
-    log: list[tuple[int, int, int, int]] = []
 
     def watch(event: ev.Event, actions: object, cluster: object) -> None:
         for executor in cluster.executors.values():  # type: ignore[attr-defined]
@@ -176,17 +153,15 @@ def test_the_simulated_runs_are_those_of_the_block_tables(workload: Callable[[],
                 source, target = tables[sequence.task.request.request_id]
                 target[:] = sequence.blocks[: len(source)]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Network, "start", watched(log))
-        run_sim(
-            workload(),
-            groups=disaggregated(),
-            engine=EngineConfig(100, 16, 512, 8, prefix_cache=False, allocator="stack"),
-            wire=Wire(1e6),
-            report_period_s=0.001,
-            watch=watch,
-        )
-    assert log[-1][2] == len(contiguous_runs(*tables[LONG]))
+    run = run_sim(
+        workload(),
+        groups=disaggregated(),
+        engine=EngineConfig(100, 16, 512, 8, prefix_cache=False, allocator="stack"),
+        wire=Wire(1e6),
+        report_period_s=0.001,
+        watch=watch,
+    )
+    assert moved(run)[-1][2] == len(contiguous_runs(*tables[LONG]))
 
 
 def test_an_engine_that_copies_by_itself_computes_later() -> None:

@@ -36,6 +36,8 @@ from tests.builders import (
 )
 from tests.sim import test_coalesced as coalesced
 
+pytestmark = pytest.mark.pure
+
 Decisions = list[tuple[Event, list[Action]]]
 When = Callable[[ControlPlane, SimCluster, int], bool]
 

@@ -69,6 +69,17 @@ def launch(number: int, npus: int = 1) -> LaunchExecutor:
     return LaunchExecutor(f"te-{number}", make_spec(npus=npus))
 
 
+def test_copies_of_a_model_have_weights_of_their_own() -> None:
+    """Executors of one node, but of models with different names, find nothing of each other's in cache or HBM."""
+    for load in (LOAD, FORK):
+        starts = Starts(load)
+        models = ("m-0", "m-1", "m-0")
+        launches = [LaunchExecutor(f"te-{number}", make_spec(model=model)) for number, model in enumerate(models)]
+        starts.run(*((10 * number, action) for number, action in enumerate(launches)))
+        sources = [source for _, source in starts.loads().values()]
+        assert sources == ["ssd", "ssd", "te-0, peer links" if load.fork else "dram"]
+
+
 def test_the_first_reads_the_disk_and_the_next_finds_the_page_cache() -> None:
     """20 GB at 5 GB/s, then at PCIe's 20; four at once share what memory gives; a second host has read nothing."""
     starts = Starts(LOAD)
