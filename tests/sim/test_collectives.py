@@ -11,29 +11,8 @@ from experiments import build, compose
 from sim.hardware import AllToAll, Hardware
 from sim.model_shape import ModelShape
 from sim.roofline import Roofline
+from tests.builders import NPU
 
-NPU = Hardware(
-    name="npu",
-    flops=1e14,
-    hbm_bytes=64e9,
-    hbm_bytes_per_s=1e12,
-    efficiency_gemm=0.5,
-    efficiency_attention=0.25,
-    efficiency_bandwidth=0.8,
-    step_overhead_s=0.001,
-    kv_link_bytes_per_s=1e10,
-    kv_link_latency_s=5e-5,
-    kv_call_overhead_s=1e-5,
-    pcie_bytes_per_s=2e10,
-    pcie_latency_s=1e-5,
-    ssd_bytes_per_s=5e9,
-    ssd_latency_s=1e-4,
-    node_npus=8,
-    topology="mesh",
-    peer_bytes_per_s=140e9,
-    peer_latency_s=1e-5,
-    efficiency_link=0.5,
-)
 MODEL = ModelShape("toy", 10, 4096, 32, 8, 128, 14336, 1000)
 
 
