@@ -36,6 +36,10 @@ class Clock(simpy.Environment):
         heappush(queue, (self.now + delay, priority, next(self._eid), alarm))
         return alarm
 
+    def schedule(self, event: simpy.Event, priority: EventPriority = NORMAL, delay: float = 0) -> None:
+        """SimPy's own, by this clock's time."""
+        heappush(self._queue, (self.now + delay, priority, next(self._eid), event))
+
     def peek(self) -> float:
         """When the next event is due; infinity: there is none."""
         queue: list[Any] = self._queue
@@ -47,11 +51,11 @@ class Clock(simpy.Environment):
         if not queue:
             raise EmptySchedule
         if type(queue[0][3]) is not Alarm:
-            self._now = self.now = queue[0][0]
+            self.now = queue[0][0]
             super().step()
             return
         time, _, _, alarm = heappop(queue)
-        self._now = self.now = time
+        self.now = time
         callback, alarm.callback = alarm.callback, None  # whoever keeps the alarm makes no cycle with it
         if callback is not None:
             callback()
@@ -60,7 +64,7 @@ class Clock(simpy.Environment):
         """Without the classes that SimPy binds to itself."""
         following = next(self._eid)
         self._eid = count(following)
-        return {"_now": self._now, "now": self.now, "_queue": self._queue, "_eid": count(following)}
+        return {"now": self.now, "_queue": self._queue, "_eid": count(following)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__init__()

@@ -67,6 +67,7 @@ from sim.tokenizers import Tokenizers
 from sim.topology import Hosts, Topology
 from sim.worker import SimWorker
 
+_TASK_OVER = (ev.TaskFinished, ev.TaskFailed, ev.TaskAborted)
 MOST_TRANSFERS = 50_000
 """So many are remembered."""
 
@@ -435,7 +436,7 @@ class SimCluster(Cluster):
 
     def _deliver(self, name: str, outbox: Outbox) -> None:
         for event in outbox.events:
-            if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
+            if isinstance(event, _TASK_OVER):
                 self._tasks[name].pop(event.task_id, None)
             self._emit(event, self._event_ns)
         for other, message in outbox.peers:

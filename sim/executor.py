@@ -305,8 +305,9 @@ class SimExecutor:
             while (stop := self._next_stop()) is not None and stop <= plan.clock:
                 stopped.append(heapq.heappop(self._stops)[1])
         answers = self._answers
-        for sequence, _, _, samples in plan.chunks:
-            if not samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if not chunk.samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
                 continue
             if sequence.sampled + 1 >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)
