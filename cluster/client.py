@@ -7,7 +7,7 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import dropwhile
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -211,7 +211,7 @@ class Client:
         return sum(map(len, self._cued.values())) + sum(map(len, self._counted.values()))
 
 
-_HANDLERS: dict[type, Callable[[Client, Any], list[Action]]] = {
+_HANDLERS: Final[dict[type, Callable[[Client, Any], list[Action]]]] = {
     ev.RunStarted: Client._run_started,
     ev.FleetReady: Client._fleet_ready,
     ev.TimerFired: Client._timer,

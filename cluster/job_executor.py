@@ -6,7 +6,7 @@ the frontend holds.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -294,7 +294,7 @@ class JobExecutor:
             job.queued_tokens = 0
 
 
-_HANDLERS: dict[type, Callable[[JobExecutor, Any], list[Action]]] = {
+_HANDLERS: Final[dict[type, Callable[[JobExecutor, Any], list[Action]]]] = {
     ev.RequestArrived: JobExecutor._arrived,
     ev.FirstToken: JobExecutor._first_token,
     ev.TaskProgress: JobExecutor._progress,

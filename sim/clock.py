@@ -1,6 +1,6 @@
 """Simulated time: SimPy's environment in integer ns, with timeouts that cost less and can be cancelled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -29,11 +29,12 @@ class Clock:
         self.now = 0
         self.env = simpy.Environment()
         self._queue: list[Any] = self.env._queue
+        self._numbers: Iterator[int] = self.env._eid
 
     def alarm(self, delay: int, callback: Callable[[], None], priority: EventPriority = NORMAL) -> Alarm:
         """Have `callback` called in `delay` ns."""
         alarm = Alarm(callback)
-        heappush(self._queue, (self.now + delay, priority, next(self.env._eid), alarm))
+        heappush(self._queue, (self.now + delay, priority, next(self._numbers), alarm))
         return alarm
 
     def is_due(self) -> bool:
@@ -51,15 +52,13 @@ class Clock:
         queue = self._queue
         if not queue:
             raise EmptySchedule
-        time: int
-        alarm: Any
-        time, _, _, alarm = queue[0]
-        self.now = time
-        self.env._now = time
+        entry = heappop(queue)
+        alarm = entry[3]
+        self.now = self.env._now = entry[0]
         if type(alarm) is not Alarm:
+            heappush(queue, entry)
             self.env.step()
             return
-        heappop(queue)
         callback, alarm.callback = alarm.callback, None  # whoever keeps the alarm makes no cycle with it
         if callback is not None:
             callback()
@@ -72,12 +71,12 @@ class Clock:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the environment, which binds SimPy's classes to itself."""
-        following = next(self.env._eid)
-        self.env._eid = count(following)
+        following = next(self._numbers)
+        self.env._eid = self._numbers = count(following)
         return {"now": self.now, "queue": self._queue, "following": following}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.now = state["now"]
         self.env = simpy.Environment(self.now)
         self.env._queue = self._queue = state["queue"]
-        self.env._eid = count(state["following"])
+        self.env._eid = self._numbers = count(state["following"])

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from simpy.core import EmptySchedule
@@ -525,7 +525,7 @@ class SimCluster(Cluster):
         self.clock.alarm(delay, callback)
 
 
-_PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {
+_PERFORM: Final[dict[type, Callable[[SimCluster, Any], None]]] = {
     DispatchTask: SimCluster._dispatch,
     SetTimer: SimCluster._set_timer,
     AbortTask: SimCluster._abort,

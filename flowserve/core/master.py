@@ -4,7 +4,6 @@ Sans I/O, like the core. It takes messages, hands out plans, and says in its out
 role nor load reports: those are the TE-shell's, and an engine runs without one.
 """
 
-import struct
 from array import array
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -179,7 +178,7 @@ class Master:
     def advance(self, ends: list[int]) -> None:
         """Steps after which the same went on, see `EngineCore.advance`, ended at these times."""
         if decodes := self.core.in_flight[0].decodes:
-            self._step_ends.frombytes(struct.pack(f"{len(ends)}q", *ends))
+            self._step_ends.fromlist(ends)
             self._drop_ends()
             self._tokens_out += len(ends) * len(decodes)
         self.core.advance(len(ends))

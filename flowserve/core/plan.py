@@ -1,11 +1,11 @@
 """What one engine step computes."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.latency import StepShape
 from flowserve.core.sequence import Sequence
 
-_new_tuple = tuple.__new__
+_new_tuple: Final = tuple.__new__
 
 
 class Chunk:

@@ -13,13 +13,13 @@ Nothing is copied here: what shall move is written to `moves` for a data plane, 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.identity import BlockIds
 from flowserve.core.allocator import AllocatorKind
 from flowserve.core.tiers import Move, Pool, State, Tier, TierConfig, Transit
 
-HBM = Tier.HBM
+HBM: Final = Tier.HBM
 
 
 class Node:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.identity import BlockIds
@@ -39,7 +39,7 @@ from flowserve.core.tiers import Tier, Transit
 from flowserve.core.transfer import run_lengths, runs_from
 
 T = TypeVar("T")
-_new_tuple = tuple.__new__
+_new_tuple: Final = tuple.__new__
 NONE: Mapping[int, int] = MappingProxyType({})
 """What is accepted where nothing speculates."""
 
