@@ -184,6 +184,8 @@ class Client:
         self._times[kind].append(now)
         if self._closed_loop:
             self._past[kind, request_id] = now
+        if not self._cued and not self._counted:
+            return []
         due = self._cued.pop((kind, request_id), []) + self._counted.pop((kind, len(self._times[kind])), [])
         actions: list[Action] = []
         for arrival in due:

@@ -108,15 +108,14 @@ class Fitted(Measured, LatencyModel):
         return max(1, int(time + 0.5))
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
-        contexts = range(context, context + steps * sequences, sequences)
         self.asked += steps
         most = self._most
         if sequences > most[3]:
             self.outside += steps
-        elif contexts[-1] > most[4]:
-            self.outside += sum(each > most[4] for each in contexts)
+        elif context + (steps - 1) * sequences > most[4]:
+            self.outside += sum(context + step * sequences > most[4] for step in range(steps))
         rows, key, own = self._of_rows(sequences), self._key, self._decode + sequences * self._sequence
-        return [max(1, int(rows + each * key + own + 0.5)) for each in contexts]
+        return [max(1, int(rows + (context + step * sequences) * key + own + 0.5)) for step in range(steps)]
 
     def _of_rows(self, rows: int) -> float:
         """ns of a step of so many rows, whatever they are."""

@@ -131,8 +131,10 @@ class Roofline(LatencyModel):
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
         fixed, per_key, least = self._decode(sequences)
         overhead = self._overhead
-        contexts = range(context, context + steps * sequences, sequences)
-        return [max(1, int(overhead + max(fixed + each * per_key, least) + 0.5)) for each in contexts]
+        return [
+            max(1, int(overhead + max(fixed + (context + step * sequences) * per_key, least) + 0.5))
+            for step in range(steps)
+        ]
 
     def fill_ns(self, shape: StepShape) -> int:
         if self.stages == 1:

@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 AllocatorKind = Literal["segment", "stack"]
+NOWHERE: Final = -2
+"""No block: nothing is behind it."""
 FEWEST_LEFT = 64
 """So many entries of segments that are gone may always be left in the order of lengths."""
 
@@ -29,8 +31,8 @@ class BlockAllocator(ABC):
         """
 
     @abstractmethod
-    def take_one(self, after: int | None) -> int:
-        """What `take(1, after)` hands out, faster."""
+    def take_one(self, after: int) -> int:
+        """What `take(1, after)` hands out, faster; `after`: `NOWHERE` where it continues nothing."""
 
     @abstractmethod
     def give_back(self, blocks: list[int]) -> None:
@@ -64,7 +66,7 @@ class StackAllocator(BlockAllocator):
         taken.reverse()
         return taken
 
-    def take_one(self, after: int | None) -> int:
+    def take_one(self, after: int) -> int:
         self.free -= 1
         return self._free.pop()
 
@@ -101,7 +103,7 @@ class SegmentAllocator(BlockAllocator):
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
         if count == 1:
-            return [self.take_one(after)]
+            return [self.take_one(NOWHERE if after is None else after)]
         self._put_back()
         blocks: list[int] = []
         if after is not None and (end := self._ends.get(after + 1)) is not None:
@@ -144,10 +146,10 @@ class SegmentAllocator(BlockAllocator):
         self._put_back()
         return [block for start, end in self._ends.items() for block in range(start, end)]
 
-    def take_one(self, after: int | None) -> int:
+    def take_one(self, after: int) -> int:
         """The block behind `after`, else one of the smallest free segment, to its end."""
         self.free -= 1
-        if after is not None and after + 1 in self._ends:
+        if after + 1 in self._ends:
             block = after + 1
             self._set(block + 1, self._ends.pop(block))
             return block

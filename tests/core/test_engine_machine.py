@@ -58,7 +58,10 @@ def state_of(core: EngineCore) -> Any:
         "plans": [(p.number, p.clock, p.shape, [s.task_id for s in p.sampling], len(p.last)) for p in core.in_flight],
         "chunks": [(c.sequence.task_id, c.start, c.tokens, c.samples) for p in core.in_flight for c in p.chunks],
         "free": list(core.rtc.allocator.free_blocks()),
-        "cache": sorted((tuple(node.ids), tuple(node.blocks), node.locks) for node in core.rtc.nodes()),
+        "cache": sorted(
+            (tuple(node.ids[node.start :][: len(node.blocks)]), tuple(node.blocks), node.locks)
+            for node in core.rtc.nodes()
+        ),
         "counts": (core.num_waiting, core.num_running, core.waiting_tokens, core.preemptions, core.rtc.evicted_blocks),
         "clock": (core.clock.issued, core.clock.done),
         "held": list(core.held),

@@ -147,7 +147,7 @@ class RtcModel(RuleBasedStateMachine):
         self.rtc.check_integrity([block for user in self.users for block in user.private])
         blocks, locks = {}, {}
         for node in self.rtc.nodes():
-            for block_id, block in zip(node.ids, node.blocks, strict=True):
+            for block_id, block in zip(node.ids[node.start :], node.blocks, strict=False):
                 assert block_id not in blocks
                 blocks[block_id], locks[block_id] = block, node.locks
         assert blocks == self.block_of
