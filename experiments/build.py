@@ -24,6 +24,7 @@ from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import WORKERS, ExecutorSpec, Role, Stage
 from cluster.work import WORK, AnyArrival, OperationTime
+from experiments import compiled
 from experiments.config import CONF, build, plain, typed
 from experiments.models import by_group, served, shape_of
 from experiments.models import model_folder as model_folder
@@ -185,6 +186,11 @@ def check_types(cfg: DictConfig) -> None:
         raise ValueError(
             f"snapshot_at is {cfg.snapshot_at} on backend {cfg.backend.name}: allowed are seconds from 0 up of a "
             "simulated run"
+        )
+    if cfg.snapshot_at is not None and compiled.is_active():
+        raise ValueError(
+            f"snapshot_at is {cfg.snapshot_at}, but objects of the compiled core cannot be pickled: run without "
+            f"{compiled.SWITCH}, or without a snapshot"
         )
     if cfg.electricity_per_kwh < 0:
         raise ValueError(f"electricity_per_kwh is {cfg.electricity_per_kwh}: allowed are 0 (in the price) and more")

@@ -143,6 +143,16 @@ def test_a_snapshot_needs_a_simulated_run_that_gets_there(tmp_path: Path) -> Non
     assert any("no snapshot was taken" in note for note in read_summary(result.folder).provenance["notes"])
 
 
+def test_the_compiled_core_has_no_snapshots(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its objects cannot be pickled, which is said before anything runs or is written."""
+    monkeypatch.setenv("DEEPFLOW_COMPILED", "1")
+    with pytest.raises(ValueError, match="snapshot_at is 30, but objects of the compiled core cannot be pickled"):
+        run(compose([*RUN, "snapshot_at=30"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="resume without DEEPFLOW_COMPILED"):
+        resume(whole / "snapshot.bin", folder=tmp_path / "out")
+
+
 def test_from_the_command_line(deepflow: Callable[..., Said], whole: Path) -> None:
     """`deepflow run resume=FILE dispatch=…` prints its table and its folder like any run."""
     said = deepflow("run", f"resume={whole / 'snapshot.bin'}", "dispatch=round_robin", "progress=false")
