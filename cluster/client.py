@@ -70,11 +70,6 @@ class Client:
     def on_event(self, event: ev.Event) -> list[Action]:
         """The actions this event calls for."""
         match event:
-            case ev.RunStarted():
-                return [] if self._wait_for_fleet else self._read_on()
-            case ev.FleetReady():
-                self._start_ns = event.time
-                return self._read_on() if self._wait_for_fleet else []
             case ev.TimerFired():
                 return self._timer(event)
             case ev.FirstToken() if event.request_id in self._open:  # of a job's call it is not the client's
@@ -83,6 +78,11 @@ class Client:
                 del self._open[event.request_id]
                 del self.due[event.request_id]
                 return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
+            case ev.RunStarted():
+                return [] if self._wait_for_fleet else self._read_on()
+            case ev.FleetReady():
+                self._start_ns = event.time
+                return self._read_on() if self._wait_for_fleet else []
             case _:
                 return []
 

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from struct import Struct
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ NONE = -1
 """Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
 
 
-TIMES_AT_ONCE = 1 << 16
+TIMES_AT_ONCE = 1 << 13
 """Of so many tokens the gaps are computed together."""
 
 
@@ -147,6 +148,8 @@ class Recorder:
 
     def __init__(self, open_file: OpenFile | None = None) -> None:
         self._rows = Spool(open_file)
+        self._pack_row = Struct(f"{len(self.REQUEST_COLUMNS) + 1 + len(self.WORDS)}q").pack
+        self._pack_load = Struct(f"{len(Loads.COLUMNS)}q").pack
         self._gaps = Spool(open_file)
         self._loads = Spool(open_file)
         self._words: dict[str, int] = {}
@@ -266,8 +269,8 @@ class Recorder:
         if event.to != "cm":
             return
         self._last_reports[event.executor] = event
-        self._loads.extend(
-            (
+        self._loads.extend_bytes(
+            self._pack_load(
                 event.time,
                 event.occurred,
                 self._word(event.executor),
@@ -348,8 +351,8 @@ class Recorder:
         done = outcome == Outcome.FINISHED
         self.ended += 1
         self.finished += done
-        self._rows.extend(
-            (
+        self._rows.extend_bytes(
+            self._pack_row(
                 request_id,
                 live.arrival,
                 live.lag,

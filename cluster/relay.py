@@ -24,8 +24,6 @@ def relayed(action: Action, now: int) -> ev.Event | None:
     match action:
         case SubmitRequest():
             return ev.RequestArrived(to=action.job_executor, time=now, occurred=now, request=action.request)
-        case CancelRequest():
-            return ev.CancelRequested(to=action.job_executor, time=now, occurred=now, request_id=action.request_id)
         case EndRequest():
             return ev.RequestEnded(
                 to="client",
@@ -36,6 +34,8 @@ def relayed(action: Action, now: int) -> ev.Event | None:
                 generated=action.generated,
                 reason=action.reason,
             )
+        case CancelRequest():
+            return ev.CancelRequested(to=action.job_executor, time=now, occurred=now, request_id=action.request_id)
         case ReportDemand():
             return ev.DemandReported(
                 to="cm",

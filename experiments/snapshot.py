@@ -242,13 +242,8 @@ def pickled(state: State) -> bytes:
     """A run as bytes. What pickle and cloudpickle cannot take raises what they raise."""
     import cloudpickle
 
-    from sim.snapshot import REDUCERS
-
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # no types; it takes closures, too
-        dispatch_table = cloudpickle.CloudPickler.dispatch_table.new_child(REDUCERS)
-
     out = io.BytesIO()
-    _deep(lambda: Pickler(out, pickle.HIGHEST_PROTOCOL).dump(state))
+    _deep(lambda: cloudpickle.dump(state, out, pickle.HIGHEST_PROTOCOL))
     return out.getvalue()
 
 

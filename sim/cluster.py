@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import simpy
 
 from cluster import events as ev
 from cluster.acceptance import Acceptance
@@ -57,7 +56,7 @@ from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
 from flowserve.core.worker import Worker
-from sim.alarm import NORMAL, Alarm
+from sim.clock import NEVER, Clock
 from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
 from sim.network import Network, Path
@@ -68,7 +67,7 @@ from sim.tokenizers import Tokenizers
 from sim.topology import Hosts, Topology
 from sim.worker import SimWorker
 
-NEVER = float("inf")
+_TASK_OVER = (ev.TaskFinished, ev.TaskFailed, ev.TaskAborted)
 MOST_TRANSFERS = 50_000
 """So many are remembered."""
 
@@ -103,7 +102,7 @@ class SimCluster(Cluster):
         self.transfers: list[TransferSpan] = []
         self.latencies: list[LatencyModel] = []
         self._record = self.steps.append if record else None
-        self.env = simpy.Environment()
+        self.clock = Clock()
         self.executors: dict[str, SimExecutor] = {}
         self._peers: dict[str, dict[str, SimExecutor]] = {}  # by model: those that may exchange KV cache
         self._node_for = node_for
@@ -123,8 +122,8 @@ class SimCluster(Cluster):
         self._work_nodes: dict[str, WorkNode] = {}
         self._work_tasks: dict[str, dict[int, tuple[str, WorkTask]]] = {}
         self._nodes: dict[str, Node] = {}
-        self.network, self.topology = Network(self.env), Topology(hosts or Hosts())
-        self._starter = Starter(self.env, self.topology, self.network, self._stage_finished, self._ready)
+        self.network, self.topology = Network(self.clock), Topology(hosts or Hosts())
+        self._starter = Starter(self.clock, self.topology, self.network, self._stage_finished, self._ready)
         self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
         self._undone: list[Action] = []
         self._ended = False
@@ -137,24 +136,24 @@ class SimCluster(Cluster):
         self._undone.append(action)
 
     def next_event(self) -> ev.Event | None:
-        env = self.env
+        clock = self.clock
         if self._undone:
             if self._decision_ns:
-                env.run(until=env.now + self._decision_ns)
+                clock.run(until=clock.now + self._decision_ns)
             actions, self._undone = self._undone, []
             for action in actions:
                 self._perform(action)
         if self._ended:
             return None
         # All that happens at one time happens before anyone reacts to it.
-        events, now = self._events, env.now
-        while (following := env.peek()) == now or not events:
+        events, now = self._events, clock.now
+        while (following := clock.peek()) == now or not events:
             if following == NEVER:
                 raise RuntimeError(f"nothing can happen any more at {now} ns, yet the run has not ended")
-            env.step()
-            now = following
+            clock.step()
+            now = clock.now
         event = events.popleft()
-        return event if event.time == now else msgspec.structs.replace(event, time=int(now))
+        return event if event.time == now else msgspec.structs.replace(event, time=now)
 
     def close(self) -> None:
         self.executors.clear()
@@ -164,7 +163,7 @@ class SimCluster(Cluster):
 
     def now(self) -> int:
         """ns since the start of the run."""
-        return int(self.env.now)
+        return self.clock.now
 
     def pause_at(self, time: int) -> None:
         """Have `next_event` return a timer of nobody's at this time, or now where that is past, for whoever watches."""
@@ -266,7 +265,7 @@ class SimCluster(Cluster):
         if node.noise is not None:
             latency = Noisy(latency, node.noise, action.executor)
         executor = SimExecutor(
-            self.env,
+            self.clock,
             shell,
             latency,
             self._answers,
@@ -321,7 +320,7 @@ class SimCluster(Cluster):
         name, now = action.executor, self.now()
         worker = Worker(name, action.spec, node.slots, ("cm",), self._report_period_ns)
         self._work_nodes[name], self._work_tasks[name] = node, {}
-        self.workers[name] = SimWorker(self.env, worker, partial(self._deliver_work, name))
+        self.workers[name] = SimWorker(self.clock, worker, partial(self._deliver_work, name))
         self._emit(
             ev.ExecutorReady(
                 to="cm",
@@ -415,7 +414,7 @@ class SimCluster(Cluster):
 
     def _deliver(self, name: str, outbox: Outbox) -> None:
         for event in outbox.events:
-            if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
+            if isinstance(event, _TASK_OVER):
                 self._tasks[name].pop(event.task_id, None)
             self._emit(event, self._event_ns)
         for other, message in outbox.peers:
@@ -480,7 +479,7 @@ class SimCluster(Cluster):
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
         self._after(delay, partial(self._arrive, name, message))
 
-    def _arrive(self, name: str, message: Message, _: simpy.Event) -> None:
+    def _arrive(self, name: str, message: Message) -> None:
         executor = self.executors.get(name) or self.workers.get(name)
         if executor is not None:
             executor.receive(message)
@@ -491,21 +490,17 @@ class SimCluster(Cluster):
         else:
             self._events.append(event)
 
-    def _heard(self, event: ev.Event, _: simpy.Event) -> None:
+    def _heard(self, event: ev.Event) -> None:
         self._events.append(event)
 
     def _at(self, delay: int, action: Callable[[], None]) -> None:
         if delay:
-            self._after(delay, partial(_call, action))
+            self._after(delay, action)
         else:
             action()
 
-    def _after(self, delay: int, callback: Callable[[simpy.Event], None]) -> None:
-        Alarm(self.env, delay, NORMAL, callback)
-
-
-def _call(action: Callable[[], None], _: simpy.Event) -> None:
-    action()
+    def _after(self, delay: int, callback: Callable[[], None]) -> None:
+        self.clock.alarm(delay, callback)
 
 
 _PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {

@@ -9,7 +9,6 @@ import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 
-import simpy
 from simpy.events import EventPriority
 
 from cluster import identity
@@ -21,7 +20,7 @@ from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import NONE
 from flowserve.core.sequence import DECODE, ENDED, LAST, Sequence
 from flowserve.core.task_executor import TaskExecutor
-from sim.alarm import Alarm
+from sim.clock import Alarm, Clock
 from sim.contention import Shared
 
 LONGEST_SEGMENT = 4096
@@ -48,7 +47,7 @@ class SimExecutor:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        clock: Clock,
         shell: TaskExecutor,
         latency: LatencyModel,
         answers: dict[int, Answer],
@@ -64,7 +63,7 @@ class SimExecutor:
         self._core = shell.core
         self.dead = False
         self.steps = 0
-        self._env = env
+        self._clock = clock
         self._latency = latency
         self._answers = answers
         self._deliver = deliver
@@ -77,7 +76,7 @@ class SimExecutor:
         self._accept = accept
         self._priority = EventPriority(_BEFORE_ALL + number)
         self._inbox: list[Message] = []
-        self._timer: simpy.Event | None = None
+        self._timer: Alarm | None = None
         self._ends: list[int] = []
         self._batch: tuple[Sequence, ...] | None = None
         # (decode clock, task id, when it joined, sequence): when each sequence in the batch samples its last token.
@@ -93,7 +92,7 @@ class SimExecutor:
         if not self._core.in_flight:
             self._next_step()
         elif len(self._ends) > 1:
-            ended = bisect_right(self._ends, self._env.now)
+            ended = bisect_right(self._ends, self._clock.now)
             if ended + 1 < len(self._ends):
                 del self._ends[ended + 1 :]
                 self._wait_for(self._ends[ended])
@@ -102,9 +101,10 @@ class SimExecutor:
         """Stop in the middle of whatever it does. What finished by now stays readable in the shell."""
         self.settle()
         self.dead = True
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
         if self._shared is not None:
-            self._shared.idle(self, int(self._env.now))
+            self._shared.idle(self, self._clock.now)
 
     def hold(self, ns: int) -> None:
         """The host needs so long for something else before it launches what it has just scheduled."""
@@ -112,7 +112,7 @@ class SimExecutor:
             return
         self._ends = [end + ns for end in self._ends]
         if self._shared is not None:
-            self._ends = [self._shared.extend(self, int(self._env.now), ns)]
+            self._ends = [self._shared.extend(self, self._clock.now, ns)]
         del self._ends[bisect_left(self._ends, self.shell.next_report) + 1 :]
         self._wait_for(self._ends[-1])
 
@@ -124,12 +124,12 @@ class SimExecutor:
     @property
     def step_ends(self) -> int | None:
         """When the step in progress ends; None where nothing is computed."""
-        ended = bisect_right(self._ends, self._env.now)
+        ended = bisect_right(self._ends, self._clock.now)
         return self._ends[ended] if ended < len(self._ends) and self._core.in_flight else None
 
     def settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
-        ended = bisect_right(self._ends, self._env.now)
+        ended = bisect_right(self._ends, self._clock.now)
         if ended and ended < len(self._ends):
             if self._record is not None:
                 self._write_down(ended)
@@ -141,7 +141,7 @@ class SimExecutor:
 
     def _next_step(self) -> None:
         """What a real engine loop does between two steps: messages in, schedule, outbox out, launch."""
-        now, shell, in_flight = int(self._env.now), self.shell, self._core.in_flight
+        now, shell, in_flight = self._clock.now, self.shell, self._core.in_flight
         if self._inbox:
             messages, self._inbox = self._inbox, []
             for message in messages:
@@ -167,7 +167,7 @@ class SimExecutor:
 
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
-        now, steps = int(self._env.now), 0
+        now, steps = self._clock.now, 0
         if self._varies:
             self._latency.seek(self.steps)
         if plan.decodes is not self._batch:
@@ -231,12 +231,13 @@ class SimExecutor:
         Steps that end at the same time do so in the order of the executors' numbers, not of when they were scheduled,
         which a segment does earlier than single steps.
         """
-        self._timer = Alarm(self._env, time - int(self._env.now), self._priority, self._on_timer)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._clock.alarm(time - self._clock.now, self._on_timer, self._priority)
 
-    def _on_timer(self, timer: simpy.Event) -> None:
-        if timer is not self._timer:
-            return  # the segment was cut, or the executor is dead
-        now, shell, ends = int(self._env.now), self.shell, self._ends
+    def _on_timer(self) -> None:
+        self._timer = None
+        now, shell, ends = self._clock.now, self.shell, self._ends
         if self._core.in_flight:
             plan = self._core.in_flight[0]
             if self._record is not None:
@@ -304,8 +305,9 @@ class SimExecutor:
             while (stop := self._next_stop()) is not None and stop <= plan.clock:
                 stopped.append(heapq.heappop(self._stops)[1])
         answers = self._answers
-        for sequence, _, _, samples in plan.chunks:
-            if not samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if not chunk.samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
                 continue
             if sequence.sampled + 1 >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)

@@ -6,13 +6,16 @@ from cluster.latency import StepShape
 from flowserve.core.sequence import Sequence
 
 
-class Chunk(NamedTuple):
+class Chunk:
     """`tokens` prompt tokens of a sequence from position `start`. `samples`: the last one yields a token."""
 
-    sequence: Sequence
-    start: int
-    tokens: int
-    samples: bool
+    __slots__ = ("samples", "sequence", "start", "tokens")
+
+    def __init__(self, sequence: Sequence, start: int, tokens: int, samples: bool) -> None:
+        self.sequence = sequence
+        self.start = start
+        self.tokens = tokens
+        self.samples = samples
 
 
 class Verify(NamedTuple):
@@ -68,9 +71,10 @@ class Plan:
         if self.decodes:
             self.clock += steps
         if self.chunks:
-            sequence, start, tokens, samples = self.chunks[0]
-            self.chunks = [Chunk(sequence, start + steps * tokens, tokens, samples)]
-            sequence.computed += steps * tokens
+            chunk = self.chunks[0]
+            more = steps * chunk.tokens
+            self.chunks = [Chunk(chunk.sequence, chunk.start + more, chunk.tokens, chunk.samples)]
+            chunk.sequence.computed += more
 
     def narrow(self, drafts: list[int]) -> None:
         """What a runner has found to guess, by verification, where that is less than there is room for."""
@@ -111,18 +115,20 @@ class Fetch(NamedTuple):
     tokens: int
 
 
-class Finished(NamedTuple):
-    """A sequence that is done here. `held`: its KV cache waits to be fetched."""
-
-    sequence: Sequence
-    held: bool
-
-
-class StepResult(NamedTuple):
+class StepResult:
     """What `complete` found: sequences that got the first token of their task here, or a token behind a preemption;
-    those that speculate, with how many tokens they got; and those that are done.
+    those that speculate, with how many tokens they got; and those that are done, with whether their KV cache waits here
+    to be fetched.
     """
 
-    first_tokens: list[Sequence]
-    verified: list[tuple[Sequence, int]]
-    finished: list[Finished]
+    __slots__ = ("finished", "first_tokens", "verified")
+
+    def __init__(
+        self,
+        first_tokens: list[Sequence],
+        verified: list[tuple[Sequence, int]],
+        finished: list[tuple[Sequence, bool]],
+    ) -> None:
+        self.first_tokens = first_tokens
+        self.verified = verified
+        self.finished = finished

@@ -65,16 +65,19 @@ class Node:
         return State.SWAPPING_IN if self.transit.inward else State.SWAPPING_OUT
 
 
-class Match(NamedTuple):
+class Match:
     """Preserved KV cache for the start of a context.
 
     `node`: end of what is in HBM, locked for the caller, with its `blocks`; `lower`: what follows in lower tiers, which
     `populate` can bring in.
     """
 
-    node: Node
-    blocks: list[int]
-    lower: tuple[Node, ...] = ()
+    __slots__ = ("blocks", "lower", "node")
+
+    def __init__(self, node: Node, blocks: list[int], lower: tuple[Node, ...] = ()) -> None:
+        self.node = node
+        self.blocks = blocks
+        self.lower = lower
 
     @property
     def parts(self) -> list[tuple[Tier, int]]:

@@ -19,7 +19,7 @@ from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost, fetch_rule
-from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult, Verify
+from flowserve.core.plan import Chunk, Fetch, Plan, StepResult, Verify
 from flowserve.core.rtc import Match, Rtc
 from flowserve.core.sequence import (
     DECODE,
@@ -228,8 +228,9 @@ class EngineCore:
         if plan.decodes:
             self.clock.done = plan.clock
         first_tokens: list[Sequence] = []
-        for sequence, _, _, samples in plan.chunks:
-            if samples and sequence.status is not ENDED:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if chunk.samples and sequence.status is not ENDED:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
@@ -237,7 +238,7 @@ class EngineCore:
                     self._keep(sequence)
                 first_tokens.append(sequence)
         verified: list[tuple[Sequence, int]] = []
-        finished: list[Finished] = []
+        finished: list[tuple[Sequence, bool]] = []
         if plan.last or stopped or plan.verifies:
             ending = set(plan.last)
             for task_id in stopped:
@@ -249,10 +250,14 @@ class EngineCore:
             # In order of arrival, so that blocks are freed in one order whoever lists the stops.
             for sequence in ending if len(ending) == 1 else sorted(ending, key=_arrival):
                 if sequence.status is not ENDED:
-                    finished.append(self._finish(sequence, True))
+                    self._leave_batch(sequence)
+                    self._end(sequence)
+                    finished.append((sequence, False))
         for sequence in first_tokens:
             if sequence.status is HELD:
-                finished.append(self._finish(sequence, False))
+                del self._running[sequence.task_id]
+                self.held[sequence.task_id] = sequence
+                finished.append((sequence, True))
         if self._ending:
             self._free_ended(plan.number)
         return StepResult(first_tokens, verified, finished)
@@ -289,12 +294,13 @@ class EngineCore:
 
     def _steady_chunks(self, plan: Plan) -> int:
         """How many plans behind this one only go on with its one prompt, and do not end it."""
-        sequence, _, tokens, samples = plan.chunks[0]
-        if samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
+        chunk = plan.chunks[0]
+        sequence = chunk.sequence
+        if chunk.samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
             return 0
         if next(iter(self._prefilling.values())) is not sequence:
             return 0
-        return (sequence.target - sequence.computed - 1) // tokens
+        return (sequence.target - sequence.computed - 1) // chunk.tokens
 
     def advance(self, steps: int) -> None:
         """By definition `steps` times: complete the oldest plan in flight with no stop, and schedule the next one.
@@ -672,15 +678,6 @@ class EngineCore:
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, sequence: Sequence, stopped: bool) -> Finished:
-        if not stopped:
-            del self._running[sequence.task_id]
-            self.held[sequence.task_id] = sequence
-            return Finished(sequence, held=True)
-        self._leave_batch(sequence)
-        self._end(sequence)
-        return Finished(sequence, held=False)
-
     def _end(self, sequence: Sequence, keep: bool = True) -> None:
         """Free the blocks: now, or with the last plan in flight, which may still use them."""
         sequence.status = ENDED
@@ -755,7 +752,8 @@ def _arrival(sequence: Sequence) -> int:
 
 def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:
     tokens = attention = 0
-    for _, start, count, _ in chunks:
+    for chunk in chunks:
+        start, count = chunk.start, chunk.tokens
         tokens += count
         attention += start * count + count * (count + 1) // 2
     return tuple.__new__(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))

@@ -80,12 +80,14 @@ class TeShell:
     def receive(self, message: Message, now: int, ids: BlockIds = ()) -> None:
         """Take one message: what is the shell's own, what must be refused, and for the engine all the rest."""
         match message:
+            case Dispatch() if (refusal := self._refusal(message.task)) is not None:
+                self._refuse(message, *refusal, now)
+            case Dispatch() if self.engine is not None:
+                self.engine.receive(message, now, ids)
             case Drain():
                 self.draining = True
             case SwitchRole():
                 self._switch(message.role, now)
-            case Dispatch() if (refusal := self._refusal(message.task)) is not None:
-                self._refuse(message, *refusal, now)
             case _ if self.engine is not None:
                 self.engine.receive(message, now, ids)
             case KvRequested():  # whoever waits for KV cache must hear that there is none
