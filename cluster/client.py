@@ -5,9 +5,9 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 """
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import dropwhile
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -69,22 +69,24 @@ class Client:
 
     def on_event(self, event: ev.Event) -> list[Action]:
         """The actions this event calls for."""
-        match event:
-            case ev.TimerFired():
-                return self._timer(event)
-            case ev.FirstToken() if event.request_id in self._open:  # of a job's call it is not the client's
-                return self._cue("first_token", event.request_id, event.time)
-            case ev.RequestEnded() | ev.WorkEnded():
-                del self._open[event.request_id]
-                del self.due[event.request_id]
-                return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
-            case ev.RunStarted():
-                return [] if self._wait_for_fleet else self._read_on()
-            case ev.FleetReady():
-                self._start_ns = event.time
-                return self._read_on() if self._wait_for_fleet else []
-            case _:
-                return []
+        handler = _HANDLERS.get(type(event))
+        return [] if handler is None else handler(self, event)
+
+    def _run_started(self, event: ev.RunStarted) -> list[Action]:
+        return [] if self._wait_for_fleet else self._read_on()
+
+    def _fleet_ready(self, event: ev.FleetReady) -> list[Action]:
+        self._start_ns = event.time
+        return self._read_on() if self._wait_for_fleet else []
+
+    def _first_token(self, event: ev.FirstToken) -> list[Action]:
+        """Of a job's call it is not the client's."""
+        return self._cue("first_token", event.request_id, event.time) if event.request_id in self._open else []
+
+    def _ended(self, event: ev.RequestEnded | ev.WorkEnded) -> list[Action]:
+        del self._open[event.request_id]
+        del self.due[event.request_id]
+        return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
 
     def resume(self, workload: Iterable[AnyArrival]) -> None:
         """Go on where this client was when it was pickled; of the same workload, what it has read is passed over."""
@@ -203,3 +205,13 @@ class Client:
     def never_sent(self) -> int:
         """Arrivals whose trigger did not happen."""
         return sum(map(len, self._cued.values())) + sum(map(len, self._counted.values()))
+
+
+_HANDLERS: Final[dict[type, Callable[[Client, Any], list[Action]]]] = {
+    ev.RunStarted: Client._run_started,
+    ev.FleetReady: Client._fleet_ready,
+    ev.TimerFired: Client._timer,
+    ev.FirstToken: Client._first_token,
+    ev.RequestEnded: Client._ended,
+    ev.WorkEnded: Client._ended,
+}

@@ -77,10 +77,10 @@ class Fleet:
 
     def group(self, model: str, role: Role) -> Group:
         """The TE group of a model and role; empty where there is none."""
-        key = (model, role)
-        if key not in self._groups:
-            self._groups[key] = Group(model, role)
-        return self._groups[key]
+        group = self._groups.get((model, role))
+        if group is None:
+            group = self._groups[model, role] = Group(model, role)
+        return group
 
     def candidates(self, task: Task) -> list[Group]:
         """Non-empty groups this task may go to: decode executors for a decode task, else every entry role."""

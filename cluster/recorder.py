@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from struct import pack
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -155,8 +155,11 @@ class Recorder:
         self._gaps = Spool(open_file)
         self._loads = Spool(open_file)
         self._words: dict[str, int] = {}
-        self._times = array("q")  # of tokens whose gaps are not computed yet: of many requests at once that is fast
-        self._no_gaps = array("q")  # places in it that begin something
+        # Times of tokens whose gaps are not computed yet (of many requests at once that is fast), how many these are,
+        # and which of their places begin something.
+        self._times: list[array[int]] = []
+        self._num_times = 0
+        self._no_gaps: list[int] = []
         self.ended = 0
         self.finished = 0
         self.scaling: list[tuple[int, str, str, int]] = []
@@ -230,11 +233,11 @@ class Recorder:
 
     def _find_gaps(self) -> None:
         if self._times:
-            times = np.frombuffer(self._times, np.int64)
-            gaps = np.delete(np.diff(times), np.frombuffer(self._no_gaps, np.int64)[1:] - 1)
-            self._gaps.extend_bytes(gaps.tobytes())
-            del times
-            del self._times[:], self._no_gaps[:]
+            times = np.frombuffer(b"".join(self._times), np.int64)
+            known = np.ones(len(times), np.bool_)
+            known[self._no_gaps] = False
+            self._gaps.extend_bytes((times[1:] - times[:-1])[known[1:]].tobytes())
+            self._times, self._num_times, self._no_gaps = [], 0, []
 
     def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
         """Note what an event says. `client` knows when its requests were due."""
@@ -339,16 +342,17 @@ class Recorder:
         self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
 
     def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
-        times, start = live.times, len(self._times)
+        times, start = live.times, self._num_times
         gaps = 0
         if times:
-            self._times += times
+            self._times.append(times)
+            self._num_times += len(times)
             self._no_gaps.append(start)
             gaps = len(times) - 1
             if live.breaks is not None:
                 self._no_gaps.extend([start + place for place in live.breaks])
                 gaps -= len(live.breaks)
-            if len(self._times) > TIMES_AT_ONCE:
+            if self._num_times > TIMES_AT_ONCE:
                 self._find_gaps()
         done = outcome == Outcome.FINISHED
         self.ended += 1
@@ -402,7 +406,7 @@ class Recorder:
         return sum(each.spec.npus * each.held_ns for each in held if role is None or each.spec.role is role) / NS_PER_S
 
 
-_NOTES: dict[type, Callable[[Recorder, Any], None]] = {
+_NOTES: Final[dict[type, Callable[[Recorder, Any], None]]] = {
     ev.FirstToken: Recorder._first_token,
     ev.TaskFinished: Recorder._task_finished,
     ev.TaskFailed: Recorder._task_failed,

@@ -1,15 +1,13 @@
-"""SimPy's environment, with timeouts that cost less and can be cancelled."""
+"""Simulated time: SimPy's environment in integer ns, with timeouts that cost less and can be cancelled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
 
 import simpy
 from simpy.core import EmptySchedule
-from simpy.events import NORMAL, EventPriority
-
-NEVER = float("inf")
+from simpy.events import NORMAL, URGENT, EventPriority
 
 
 class Alarm:
@@ -24,48 +22,61 @@ class Alarm:
         self.callback = None
 
 
-class Clock(simpy.Environment):
-    """Time in integer ns. Alarms stand in SimPy's own queue, by (time, priority, insertion) like its events."""
+class Clock:
+    """Alarms stand in the queue of `env`, by (time, priority, insertion) like SimPy's own events. `now`: in ns."""
 
-    now: int = 0
+    def __init__(self) -> None:
+        self.now = 0
+        self.env = simpy.Environment()
+        self._queue: list[Any] = self.env._queue
+        self._numbers: Iterator[int] = self.env._eid
 
     def alarm(self, delay: int, callback: Callable[[], None], priority: EventPriority = NORMAL) -> Alarm:
         """Have `callback` called in `delay` ns."""
         alarm = Alarm(callback)
-        queue: list[Any] = self._queue
-        heappush(queue, (self.now + delay, priority, next(self._eid), alarm))
+        heappush(self._queue, (self.now + delay, priority, next(self._numbers), alarm))
         return alarm
 
-    def schedule(self, event: simpy.Event, priority: EventPriority = NORMAL, delay: float = 0) -> None:
-        """SimPy's own, by this clock's time."""
-        heappush(self._queue, (self.now + delay, priority, next(self._eid), event))
+    def is_due(self) -> bool:
+        """Whether anything is left to happen at this time."""
+        queue = self._queue
+        return bool(queue) and queue[0][0] == self.now
 
-    def peek(self) -> float:
-        """When the next event is due; infinity: there is none."""
-        queue: list[Any] = self._queue
-        return NEVER if not queue else queue[0][0]
+    @property
+    def next_ns(self) -> int | None:
+        """When the next event is due; None: there is none."""
+        return self._queue[0][0] if self._queue else None
 
     def step(self) -> None:
         """Process the next event. EmptySchedule: there is none."""
-        queue: list[Any] = self._queue
+        queue = self._queue
         if not queue:
             raise EmptySchedule
-        if type(queue[0][3]) is not Alarm:
-            self.now = queue[0][0]
-            super().step()
+        entry = heappop(queue)
+        alarm = entry[3]
+        self.now = self.env._now = entry[0]
+        if type(alarm) is not Alarm:
+            heappush(queue, entry)
+            self.env.step()
             return
-        time, _, _, alarm = heappop(queue)
-        self.now = time
         callback, alarm.callback = alarm.callback, None  # whoever keeps the alarm makes no cycle with it
         if callback is not None:
             callback()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Without the classes that SimPy binds to itself."""
-        following = next(self._eid)
-        self._eid = count(following)
-        return {"now": self.now, "_queue": self._queue, "_eid": count(following)}
+    def run_until(self, time: int) -> None:
+        """Process all that happens before `time`, and what comes ahead of everything else then."""
+        while self._queue and self._queue[0][:2] < (time, URGENT):
+            self.step()
+        self.now = self.env._now = time
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        super().__init__()
-        self.__dict__.update(state)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the environment, which binds SimPy's classes to itself."""
+        following = next(self._numbers)
+        self.env._eid = self._numbers = count(following)
+        return {"now": self.now, "queue": self._queue, "following": following}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.now = state["now"]
+        self.env = simpy.Environment(self.now)
+        self.env._queue = self._queue = state["queue"]
+        self.env._eid = self._numbers = count(state["following"])

@@ -3,9 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+from simpy.core import EmptySchedule
 
 from cluster import events as ev
 from cluster.acceptance import Acceptance
@@ -56,7 +57,7 @@ from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs
 from flowserve.core.worker import Worker
-from sim.clock import NEVER, Clock
+from sim.clock import Clock
 from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
 from sim.network import Network, Path
@@ -67,7 +68,6 @@ from sim.tokenizers import Tokenizers
 from sim.topology import Hosts, Topology
 from sim.worker import SimWorker
 
-_TASK_OVER = (ev.TaskFinished, ev.TaskFailed, ev.TaskAborted)
 MOST_TRANSFERS = 50_000
 """So many are remembered."""
 
@@ -139,21 +139,21 @@ class SimCluster(Cluster):
         clock = self.clock
         if self._undone:
             if self._decision_ns:
-                clock.run(until=clock.now + self._decision_ns)
+                clock.run_until(clock.now + self._decision_ns)
             actions, self._undone = self._undone, []
             for action in actions:
                 self._perform(action)
         if self._ended:
             return None
         # All that happens at one time happens before anyone reacts to it.
-        events, now = self._events, clock.now
-        while (following := clock.peek()) == now or not events:
-            if following == NEVER:
-                raise RuntimeError(f"nothing can happen any more at {now} ns, yet the run has not ended")
-            clock.step()
-            now = clock.now
+        events = self._events
+        try:
+            while not events or clock.is_due():
+                clock.step()
+        except EmptySchedule:
+            raise RuntimeError(f"nothing can happen any more at {clock.now} ns, yet the run has not ended") from None
         event = events.popleft()
-        return event if event.time == now else msgspec.structs.replace(event, time=now)
+        return event if event.time == clock.now else msgspec.structs.replace(event, time=clock.now)
 
     def close(self) -> None:
         self.executors.clear()
@@ -202,11 +202,11 @@ class SimCluster(Cluster):
         self._ended = True
 
     def _relay(self, action: Action) -> None:
-        if isinstance(action, SubmitRequest):
+        if type(action) is SubmitRequest:
             if action.answer is None:
                 raise ValueError(f"request {action.request.request_id} has no answer: a simulated sampler must be told")
             self._answers[action.request.request_id] = action.answer
-        elif isinstance(action, EndRequest):
+        elif type(action) is EndRequest:
             del self._answers[action.request_id]
         event = relayed(action, self.now())
         assert event is not None
@@ -414,7 +414,7 @@ class SimCluster(Cluster):
 
     def _deliver(self, name: str, outbox: Outbox) -> None:
         for event in outbox.events:
-            if isinstance(event, _TASK_OVER):
+            if type(event) is ev.TaskFinished or type(event) is ev.TaskFailed or type(event) is ev.TaskAborted:
                 self._tasks[name].pop(event.task_id, None)
             self._emit(event, self._event_ns)
         for other, message in outbox.peers:
@@ -503,7 +503,7 @@ class SimCluster(Cluster):
         self.clock.alarm(delay, callback)
 
 
-_PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {
+_PERFORM: Final[dict[type, Callable[[SimCluster, Any], None]]] = {
     DispatchTask: SimCluster._dispatch,
     SetTimer: SimCluster._set_timer,
     AbortTask: SimCluster._abort,

@@ -24,8 +24,8 @@ from sim.clock import Alarm, Clock
 from sim.contention import Shared
 
 LONGEST_SEGMENT = 4096
-STEPS_AT_A_TIME = 64
-"""So many steps of a segment are timed before it is looked whether a load report ends it."""
+FEWEST_TIMED = 16
+"""So many steps of a segment are timed at first, and twice as many when they are over: most segments are cut early."""
 _BEFORE_ALL = -(1 << 40)
 
 
@@ -77,7 +77,9 @@ class SimExecutor:
         self._priority = EventPriority(_BEFORE_ALL + number)
         self._inbox: list[Message] = []
         self._timer: Alarm | None = None
+        # When the steps of the segment end that are timed so far, and how many more it may have.
         self._ends: list[int] = []
+        self._untimed = 0
         self._batch: tuple[Sequence, ...] | None = None
         # (decode clock, task id, when it joined, sequence): when each sequence in the batch samples its last token.
         # Those that left otherwise stay until they come to the top.
@@ -91,7 +93,8 @@ class SimExecutor:
         self._inbox.extend(messages)
         if not self._core.in_flight:
             self._next_step()
-        elif len(self._ends) > 1:
+        elif len(self._ends) > 1 or self._untimed:
+            self._untimed = 0
             ended = bisect_right(self._ends, self._clock.now)
             if ended + 1 < len(self._ends):
                 del self._ends[ended + 1 :]
@@ -113,7 +116,7 @@ class SimExecutor:
         self._ends = [end + ns for end in self._ends]
         if self._shared is not None:
             self._ends = [self._shared.extend(self, self._clock.now, ns)]
-        del self._ends[bisect_left(self._ends, self.shell.next_report) + 1 :]
+        self._end_for_report()
         self._wait_for(self._ends[-1])
 
     def retime(self, end: int) -> None:
@@ -175,9 +178,11 @@ class SimExecutor:
         self._since = now
         if self._coalesce and self._shared is None:
             steps = self._steps_behind(plan)
+        self._untimed = steps
         if steps and not plan.chunks:
             self._ends = []
-            self._extend(plan, steps + 1, now, ahead)
+            self._untimed += 1
+            self._extend(plan, now, ahead)
         else:
             took = self._latency.step_ns(plan.shape)
             took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
@@ -186,7 +191,7 @@ class SimExecutor:
                 end = self._shared.begin(self, bool(plan.chunks), now, took)
             self._ends = [end]
             if steps:
-                self._extend(plan, steps, end, ahead)
+                self._extend(plan, end, ahead)
         self._wait_for(self._ends[-1])
 
     def _steps_behind(self, plan: Plan) -> int:
@@ -200,30 +205,35 @@ class SimExecutor:
                     return 0
         return self._core.steady_steps(most)
 
-    def _extend(self, plan: Plan, steps: int, end: int, ahead: bool) -> None:
-        """Let the segment, which ends at `end` by now, go on for so many steps, or until a load report is due."""
-        due, ends, host, latency = self.shell.next_report, self._ends, self._host, self._latency
+    def _extend(self, plan: Plan, end: int, ahead: bool) -> None:
+        """Time the next steps of the segment, which ends at `end` by now, or fewer where a load report is due."""
+        ends, host, latency = self._ends, self._host, self._latency
+        done = len(ends)
+        count = min(self._untimed, max(FEWEST_TIMED, done))
+        self._untimed -= count
         _, _, _, batch, context, _ = plan.shape
-        while steps > 0 and (end < due or not ends):
-            count = min(steps, STEPS_AT_A_TIME)
-            done = len(ends)
-            if plan.chunks:
-                took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
-            else:
-                took = latency.decode_ns(batch, context + batch * done, count)
-            if host or latency.stages > 1:
-                hidden = len(self._core.in_flight) > 1
-                for place, each in enumerate(took):
-                    if hidden if done + place else ahead:
-                        took[place] = max(each, host)
-                    else:
-                        took[place] = each + host + latency.fill_ns(plan.shape_after(done + place))
-            for each in took:
-                end += each
-                ends.append(end)
-            steps -= count
-        if end >= due:
+        if plan.chunks:
+            took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
+        else:
+            took = latency.decode_ns(batch, context + batch * done, count)
+        if host or latency.stages > 1:
+            hidden = len(self._core.in_flight) > 1
+            for place, each in enumerate(took):
+                if hidden if done + place else ahead:
+                    took[place] = max(each, host)
+                else:
+                    took[place] = each + host + latency.fill_ns(plan.shape_after(done + place))
+        for each in took:
+            end += each
+            ends.append(end)
+        self._end_for_report()
+
+    def _end_for_report(self) -> None:
+        """Let the segment end with the step in which a load report is due."""
+        ends, due = self._ends, self.shell.next_report
+        if ends[-1] >= due:
             del ends[bisect_left(ends, due) + 1 :]
+            self._untimed = 0
 
     def _wait_for(self, time: int) -> None:
         """Wake up ahead of everything else at that time: a step that ends as a message arrives has ended.
@@ -238,6 +248,12 @@ class SimExecutor:
     def _on_timer(self) -> None:
         self._timer = None
         now, shell, ends = self._clock.now, self.shell, self._ends
+        if self._untimed:
+            if self._varies:
+                self._latency.seek(self.steps + len(ends))
+            self._extend(self._core.in_flight[0], now, True)
+            self._wait_for(ends[-1])
+            return
         if self._core.in_flight:
             plan = self._core.in_flight[0]
             if self._record is not None:

@@ -16,7 +16,7 @@ from flowserve.core.messages import Message
 from flowserve.core.plan import Verify
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.task_executor import TaskExecutor
-from sim.clock import NEVER, Clock
+from sim.clock import Clock
 from sim.executor import SimExecutor
 
 
@@ -66,7 +66,7 @@ class Lockstep(LatencyModel):
     def run(self) -> Difference | None:
         """Simulate the whole record; None if every turn came out the same."""
         while self.difference is None and self.compared < len(self._turns):
-            if self._clock.peek() == NEVER:
+            if self._clock.next_ns is None:
                 number, turn, _ = self._turns[self.compared]
                 return Difference(number, "the simulation has nothing to do", turn.plans, None)
             self._clock.step()

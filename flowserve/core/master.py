@@ -5,7 +5,7 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 """
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
@@ -134,7 +134,8 @@ class Master:
         """
         self._now = now
         if plan.decodes:
-            self._note_ends((now,))
+            self._step_ends.append(now)
+            self._drop_ends()
         self._tokens_out += len(plan.decodes)
         result = self.core.complete(plan, stopped, accepted)
         for sequence in result.first_tokens:
@@ -177,7 +178,8 @@ class Master:
     def advance(self, ends: list[int]) -> None:
         """Steps after which the same went on, see `EngineCore.advance`, ended at these times."""
         if decodes := self.core.in_flight[0].decodes:
-            self._note_ends(ends)
+            self._step_ends.fromlist(ends)
+            self._drop_ends()
             self._tokens_out += len(ends) * len(decodes)
         self.core.advance(len(ends))
 
@@ -369,13 +371,14 @@ class Master:
             if source.executor == executor and task_id not in self._copying:  # a copy under way ends by itself
                 self._fetched(task_id, False, now)
 
-    def _note_ends(self, ends: Sequence[int]) -> None:
-        self._step_ends.extend(ends)
-        if len(self._step_ends) > self._most_ends:  # times that no sequence will ask for any more
-            first = self.core.earliest_clock()
-            del self._step_ends[: first - self._first_clock]
-            self._first_clock = first
-            self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
+    def _drop_ends(self) -> None:
+        """Forget times that no sequence will ask for any more, where there are many."""
+        if len(self._step_ends) <= self._most_ends:
+            return
+        first = self.core.earliest_clock()
+        del self._step_ends[: first - self._first_clock]
+        self._first_clock = first
+        self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
 
     def _forget_times(self) -> None:
         """With nothing under way, nobody asks for the times of earlier steps any more."""

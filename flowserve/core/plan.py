@@ -1,9 +1,11 @@
 """What one engine step computes."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.latency import StepShape
 from flowserve.core.sequence import Sequence
+
+_new_tuple: Final = tuple.__new__
 
 
 class Chunk:
@@ -93,9 +95,7 @@ class Plan:
         steps += self._steps
         more = steps * tokens * tokens if tokens else 0
         # Like StepShape(...), without the detour through its own __new__: this is asked in every step.
-        return tuple.__new__(
-            StepShape, (tokens, attention + more, chunks, sequences, context + steps * sequences, draft)
-        )
+        return _new_tuple(StepShape, (tokens, attention + more, chunks, sequences, context + steps * sequences, draft))
 
     @property
     def sampling(self) -> list[Sequence]:
@@ -132,3 +132,7 @@ class StepResult:
         self.first_tokens = first_tokens
         self.verified = verified
         self.finished = finished
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.first_tokens or self.verified or self.finished)

@@ -13,13 +13,13 @@ Nothing is copied here: what shall move is written to `moves` for a data plane, 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.identity import BlockIds
 from flowserve.core.allocator import AllocatorKind
 from flowserve.core.tiers import Move, Pool, State, Tier, TierConfig, Transit
 
-HBM = Tier.HBM
+HBM: Final = Tier.HBM
 
 
 class Node:
@@ -65,19 +65,16 @@ class Node:
         return State.SWAPPING_IN if self.transit.inward else State.SWAPPING_OUT
 
 
-class Match:
+class Match(NamedTuple):
     """Preserved KV cache for the start of a context.
 
     `node`: end of what is in HBM, locked for the caller, with its `blocks`; `lower`: what follows in lower tiers, which
     `populate` can bring in.
     """
 
-    __slots__ = ("blocks", "lower", "node")
-
-    def __init__(self, node: Node, blocks: list[int], lower: tuple[Node, ...] = ()) -> None:
-        self.node = node
-        self.blocks = blocks
-        self.lower = lower
+    node: Node
+    blocks: list[int]
+    lower: tuple[Node, ...] = ()
 
     @property
     def parts(self) -> list[tuple[Tier, int]]:
@@ -269,14 +266,15 @@ class Rtc:
         self.changes += 1
         self.allocator.give_back(blocks)
 
-    def insert(self, node: Node, at: int, ids: BlockIds, blocks: Sequence[int]) -> tuple[Node, list[int]]:
-        """Cache `blocks[at:len(ids)]` below `node`, which the caller has locked and which covers `at` blocks.
+    def insert(self, node: Node, at: int, end: int, ids: BlockIds, blocks: Sequence[int]) -> tuple[Node, list[int]]:
+        """Cache `blocks[at:end]`, whose content is `ids[at:end]`, below `node`, which the caller has locked and which
+        covers `at` blocks.
 
         Moves the caller's lock to the new end node. Returns it with the caller's blocks that stay private because
         the same content is cached already. Where it is cached in a lower tier, or on the way, the caller's blocks
         replace that copy.
         """
-        end, start = len(ids), node
+        start = node
         duplicates: list[int] = []
         while at < end and (child := node.children.get(ids[at])) is not None:
             run = self._common(child.ids, ids, at, end)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.identity import BlockIds
@@ -39,6 +39,7 @@ from flowserve.core.tiers import Tier, Transit
 from flowserve.core.transfer import run_lengths, runs_from
 
 T = TypeVar("T")
+_new_tuple: Final = tuple.__new__
 NONE: Mapping[int, int] = MappingProxyType({})
 """What is accepted where nothing speculates."""
 
@@ -316,7 +317,7 @@ class EngineCore:
             plan.advance(steps)
 
     def _advance_decodes(self, steps: int, sequences: int) -> None:
-        phases, size, append_block = self._phases, self._size, self.rtc.append_block
+        phases, size, rtc = self._phases, self._size, self.rtc
         first = self.clock.issued
         for clock in range(first, first + steps):
             phase = phases[clock % size]
@@ -324,7 +325,7 @@ class EngineCore:
                 for sequence in phase.values():
                     blocks = sequence.blocks
                     if len(blocks) * size <= sequence.computed + clock - sequence.joined:
-                        append_block(blocks)
+                        rtc.append_block(blocks)
         self.clock.issued = first + steps
         self.clock.done += steps
         self._decode_context += steps * sequences
@@ -572,12 +573,12 @@ class EngineCore:
 
         False where that needs a preemption while plans are in flight.
         """
-        size, append_block = self._size, self.rtc.append_block
+        size, rtc = self._size, self.rtc
         for sequence in list(self._phases[self.clock.issued % size].values()):
             while (
                 sequence.status is DECODE
                 and len(sequence.blocks) * size <= sequence.position
-                and not append_block(sequence.blocks)
+                and not rtc.append_block(sequence.blocks)
             ):
                 if self.in_flight:
                     return False
@@ -707,9 +708,7 @@ class EngineCore:
         full = min(valid_tokens // self._size, len(ids))
         if full > sequence.tree_blocks and (self.config.prefix_cache or sequence.task.request.context_id is not None):
             assert sequence.node is not None
-            sequence.node, duplicates = self.rtc.insert(
-                sequence.node, sequence.tree_blocks, ids[:full], sequence.blocks
-            )
+            sequence.node, duplicates = self.rtc.insert(sequence.node, sequence.tree_blocks, full, ids, sequence.blocks)
             sequence.tree_blocks = full
             sequence.duplicates += duplicates
 
@@ -756,4 +755,4 @@ def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -
         start, count = chunk.start, chunk.tokens
         tokens += count
         attention += start * count + count * (count + 1) // 2
-    return tuple.__new__(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))
+    return _new_tuple(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))

@@ -13,6 +13,8 @@ from experiments.outputs import read_summary
 from tests.experiments.conftest import Said
 from tests.experiments.small import SIM
 
+pytestmark = pytest.mark.pure  # snapshots hold objects that compiled ones are not
+
 RUN = [*SIM, "trace=synthetic", "trace.duration_s=60", "trace.rate=2", "report=false", "progress=false"]
 
 

@@ -47,10 +47,10 @@ class Starts:
 
     def until(self, time: int | None) -> None:
         clock = self.cluster.clock
-        while clock.peek() <= (float("inf") if time is None else time) and clock.peek() != float("inf"):
+        while (due := clock.next_ns) is not None and (time is None or due <= time):
             clock.step()
         if time is not None and time > clock.now:
-            clock.run(until=time)
+            clock.run_until(time)
 
     def loads(self) -> dict[str, tuple[float, str]]:
         """Seconds of TE-Load and the source, of each executor that got through it."""
