@@ -122,31 +122,27 @@ class Client:
         return self._submit(arrival, event.time)
 
     def _submit(self, arrival: AnyArrival, due: int) -> list[Action]:
-        if isinstance(arrival, WorkArrival):
-            return self._submit_work(arrival, due)
-        request = arrival.request
-        among = self._job_executors
-        chosen = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
-        self._open[request.request_id] = chosen
-        self.due[request.request_id] = due
-        actions: list[Action] = [SubmitRequest(chosen, request, arrival.answer)]
-        if arrival.cancel_after_ns is not None:
-            actions.append(SetTimer(self.name, f"cancel:{request.request_id}", due + arrival.cancel_after_ns))
-        return actions
-
-    def _submit_work(self, arrival: WorkArrival, due: int) -> list[Action]:
         number = arrival.request.request_id
+        if isinstance(arrival, WorkArrival):
+            self._check_work(arrival)
+            to = WORK
+            action: Action = SubmitWork(to, arrival.request, arrival.answer)
+        else:
+            among = self._job_executors
+            to = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
+            action = SubmitRequest(to, arrival.request, arrival.answer)
+        self._open[number] = to
+        self.due[number] = due
+        if arrival.cancel_after_ns is None:
+            return [action]
+        return [action, SetTimer(self.name, f"cancel:{number}", due + arrival.cancel_after_ns)]
+
+    def _check_work(self, arrival: WorkArrival) -> None:
         if not self._takes_work:
             raise ValueError(
-                f"request {number} of the workload asks for {type(arrival.request.work).__name__}, but nothing "
-                "here runs that: give fleet.groups executors of role cpu (tools, preprocessing) and training"
+                f"request {arrival.request.request_id} of the workload asks for {type(arrival.request.work).__name__}, "
+                "but nothing here runs that: give fleet.groups executors of role cpu (for tools and data) and training"
             )
-        self._open[number] = WORK
-        self.due[number] = due
-        actions: list[Action] = [SubmitWork(WORK, arrival.request, arrival.answer)]
-        if arrival.cancel_after_ns is not None:
-            actions.append(SetTimer(self.name, f"cancel:{number}", due + arrival.cancel_after_ns))
-        return actions
 
     def _read_on(self) -> list[Action]:
         """Read up to and with the next timed arrival; arrivals with a trigger start to wait."""

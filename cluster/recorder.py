@@ -2,7 +2,8 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from struct import Struct
+from functools import partial
+from struct import pack
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -148,8 +149,9 @@ class Recorder:
 
     def __init__(self, open_file: OpenFile | None = None) -> None:
         self._rows = Spool(open_file)
-        self._pack_row = Struct(f"{len(self.REQUEST_COLUMNS) + 1 + len(self.WORDS)}q").pack
-        self._pack_load = Struct(f"{len(Loads.COLUMNS)}q").pack
+        # Not `Struct`s, which a snapshot could not take along.
+        self._pack_row = partial(pack, f"{len(self.REQUEST_COLUMNS) + 1 + len(self.WORDS)}q")
+        self._pack_load = partial(pack, f"{len(Loads.COLUMNS)}q")
         self._gaps = Spool(open_file)
         self._loads = Spool(open_file)
         self._words: dict[str, int] = {}

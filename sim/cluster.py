@@ -31,7 +31,7 @@ from cluster.actions import (
     SwitchRole,
 )
 from cluster.latency import LatencyModel
-from cluster.relay import relayed
+from cluster.relay import relayed, work_lost
 from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
@@ -338,12 +338,12 @@ class SimCluster(Cluster):
         name, task = action.executor, action.task
         worker = self.workers.get(name)
         if worker is None:
-            self._lose_work(name, action.job_executor, task)
+            self._emit(work_lost(self.now(), name, action.job_executor, task))
             return
         try:
             took = self._secrets.duration_ns(task, worker.worker.shell.spec, self._work_nodes[name].time)
         except ValueError as error:
-            self._lose_work(name, action.job_executor, task, FailureReason.INVALID, str(error))
+            self._emit(work_lost(self.now(), name, action.job_executor, task, str(error)))
             return
         self._work_tasks[name][task.task_id] = (action.job_executor, task)
         self._send(name, messages.DispatchWork(action.job_executor, task, took), self._dispatch_ns)
@@ -360,29 +360,7 @@ class SimCluster(Cluster):
         if worker is not None:
             worker.kill()
             for job_executor, task in self._work_tasks.pop(name).values():
-                self._lose_work(name, job_executor, task)
-
-    def _lose_work(
-        self,
-        executor: str,
-        job_executor: str,
-        task: WorkTask,
-        reason: FailureReason = FailureReason.EXECUTOR_LOST,
-        detail: str = "",
-    ) -> None:
-        now = self.now()
-        self._emit(
-            ev.WorkFailed(
-                to=job_executor,
-                time=now,
-                occurred=now,
-                request_id=task.request_id,
-                task_id=task.task_id,
-                executor=executor,
-                reason=reason,
-                detail=detail,
-            )
-        )
+                self._emit(work_lost(self.now(), name, job_executor, task))
 
     # -- failures -------------------------------------------------------------------------------------------------
 

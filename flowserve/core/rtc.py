@@ -152,6 +152,7 @@ class Rtc:
         self._transits: dict[int, Transit] = {}
         self._tickets = 0
         self._uses = 0
+        self._queued = 0
 
     @property
     def total_blocks(self) -> int:
@@ -590,7 +591,8 @@ class Rtc:
             return
         pool = self.pools[node.tier]
         queue = pool.pinned if node.pins else pool.leaves
-        heapq.heappush(queue, (self._key(node), node.last_use, id(node), node))
+        self._queued += 1  # ties: who was queued first
+        heapq.heappush(queue, (self._key(node), node.last_use, self._queued, node))
         if len(queue) > 2 * pool.allocator.total:  # there are at most as many leaves as blocks
             queue[:] = [entry for entry in queue if not _is_stale(entry, pool.tier, node.pins > 0)]
             heapq.heapify(queue)
