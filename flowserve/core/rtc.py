@@ -65,6 +65,17 @@ class Node:
         """Identity of the first block, by which its parent knows it."""
         return self.ids[self.start]
 
+    def is_end_of(self, ids: BlockIds, at: int) -> bool:
+        """Whether what follows in a context from place `at` on may simply be added here: a leaf in use by that alone."""
+        return (
+            self.ids is ids
+            and self.start + len(self.blocks) == at
+            and self.locks == 1
+            and not self.children
+            and not self.pins
+            and self.transit is None
+        )
+
     @property
     def state(self) -> State:
         if self.transit is None:
@@ -293,7 +304,11 @@ class Rtc:
             else:
                 self._replace(child, blocks[at : at + run])
             node, at = child, at + run
-        if at < end:
+        if at < end and node is start and node.is_end_of(ids, at):
+            node.blocks += blocks[at:end]
+            self._hbm.cached += end - at
+            self.changes += 1
+        elif at < end:
             leaf = Node(ids, at, blocks[at:end], node)
             node.children[ids[at]] = leaf
             node.peers += 1
