@@ -28,8 +28,9 @@ class Group:
 
     In order of launch (names of equal length sort by number), so that who of them was ready first makes no difference.
 
-    `names` is a new list whenever it changes. Own bookkeeping, exact: `outstanding` tasks dispatched and not back; `queued_tokens` of prompt dispatched and
-    not yet answered by a first token. From reports, late: `kv_used` and `kv_total` blocks, `reported_ns` when.
+    `names` is a new list whenever it changes. Own bookkeeping, exact: `outstanding` tasks dispatched and not back;
+    `queued_tokens` of prompt dispatched and not yet answered by a first token. From reports, late: `kv_used` and
+    `kv_total` blocks, `reported_ns` when.
     """
 
     COLUMNS = ("outstanding", "queued_tokens", "kv_used", "kv_total", "max_sequences", "reported_ns")

@@ -172,7 +172,11 @@ class SimCluster(Cluster):
     # -- actions --------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
-        _PERFORM.get(type(action), SimCluster._relay)(self, action)
+        perform = _PERFORM.get(type(action))
+        if perform is None:
+            self._relay(action)
+        else:
+            perform(self, action)
 
     def _set_timer(self, action: SetTimer) -> None:
         self._at(max(0, action.at_ns - self.now()), partial(self._timer, action))
@@ -409,8 +413,7 @@ class SimCluster(Cluster):
     # -- what executors send --------------------------------------------------------------------------------------
 
     def _take(self, name: str, shell: TaskExecutor) -> None:
-        if shell.has_said:
-            self._deliver(name, shell.outbox())
+        self._deliver(name, shell.outbox())
 
     def _deliver(self, name: str, outbox: Outbox) -> None:
         for event in outbox.events:

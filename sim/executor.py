@@ -40,7 +40,7 @@ class SimExecutor:
     `host_ns`: what the host needs for a step beside the device's time. The device waits for it where a plan is launched
     only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
 
-    `deliver`: called at the end of each turn, to take what the outbox holds.
+    `deliver`: called at the end of a turn to take what the outbox holds; with `every_turn` also where that is nothing.
     `accept`: how many tokens a verification yields, before a stop cuts it. `number`: the executor's own, by which ties
     in time are broken.
     """
@@ -58,6 +58,7 @@ class SimExecutor:
         record: Callable[[StepSpan], None] | None = None,
         host_ns: int = 0,
         accept: Callable[[Verify], int] = _nothing_right,
+        every_turn: bool = False,
     ) -> None:
         self.shell = shell
         self._core = shell.core
@@ -74,6 +75,7 @@ class SimExecutor:
         self._since = 0
         self._host = host_ns
         self._accept = accept
+        self._every_turn = every_turn
         self._priority = EventPriority(_BEFORE_ALL + number)
         self._inbox: list[Message] = []
         self._timer: Alarm | None = None
@@ -160,7 +162,8 @@ class SimExecutor:
                 self._shared.idle(self, now)
             if shell.report_due is not None:
                 self._wait_for(max(now, shell.report_due))
-        self._deliver(shell)
+        if shell.has_said or self._every_turn:
+            self._deliver(shell)
 
     def _context(self, message: Dispatch) -> identity.BlockIds:
         """Block identities of prompt and answer: what the tokens will be is the sampler's to know."""

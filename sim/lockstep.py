@@ -53,7 +53,14 @@ class Lockstep(LatencyModel):
         self._scheduled = 0
         shell = TaskExecutor(name, spec, config, (), report_period_ns)
         self.executor = SimExecutor(
-            self._clock, shell, self, answers, self._compare, coalesce=False, accept=self._recorded_acceptance
+            self._clock,
+            shell,
+            self,
+            answers,
+            self._compare,
+            coalesce=False,
+            accept=self._recorded_acceptance,
+            every_turn=True,
         )
         busy = False
         for _, turn, _ in self._turns:

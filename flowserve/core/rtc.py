@@ -66,7 +66,7 @@ class Node:
         return self.ids[self.start]
 
     def is_end_of(self, ids: BlockIds, at: int) -> bool:
-        """Whether what follows in a context from place `at` on may simply be added here: a leaf in use by that alone."""
+        """Whether what follows in a context from place `at` on may be added here: a leaf in use by that alone."""
         return (
             self.ids is ids
             and self.start + len(self.blocks) == at

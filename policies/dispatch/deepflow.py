@@ -11,7 +11,6 @@ from policies.dispatch.heat_map import HeatMap
 from policies.dispatch.prompt_tree import PromptTree
 from policies.prediction.bucket_mean import BucketMean
 
-
 _SERVED_BY = {kind: role for role, kind in SERVES.items()}
 
 
