@@ -127,6 +127,13 @@ class SimExecutor:
         ended = bisect_right(self._ends, self._env.now)
         return self._ends[ended] if ended < len(self._ends) and self._core.in_flight else None
 
+    def step_of(self, plan: int) -> tuple[int, int] | None:
+        """From when to when the device computes this plan; None if it is done. It was launched, and decodes alone do
+        not make it up.
+        """
+        in_flight = self._core.in_flight
+        return (self._since, self._ends[0]) if in_flight and in_flight[0].number == plan else None
+
     def settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
         ended = bisect_right(self._ends, self._env.now)
