@@ -489,7 +489,7 @@ class SimCluster(Cluster):
         if source not in self.executors:  # it died after it made the offer
             on_end(False)
             return
-        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, (source, name))
+        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, _parties(source, name))
 
     def _follow(
         self, name: str, transfer: Transfer, plan: int, num_bytes: int, pieces: int, on_end: Callable[[bool], None]
@@ -501,7 +501,7 @@ class SimCluster(Cluster):
         if engine is None:  # it has died since
             on_end(False)
             return
-        path, parties = self.topology.path(transfer.source, name), (transfer.source, name)
+        path, parties = self.topology.path(transfer.source, name), _parties(transfer.source, name)
         start, end = engine.step_of(plan) or (now, now)
         layers = self._nodes[name].layers
         first = start + -(-(end - start) // layers)
@@ -558,6 +558,11 @@ class SimCluster(Cluster):
 
     def _after(self, delay: int, callback: Callable[[simpy.Event], None]) -> None:
         Alarm(self.env, delay, NORMAL, callback)
+
+
+def _parties(source: str, target: str) -> tuple[str, ...]:
+    """Of a transfer. An executor that has switched its role may fetch from itself."""
+    return (target,) if source == target else (source, target)
 
 
 def _call(action: Callable[[], None], _: simpy.Event) -> None:
