@@ -498,7 +498,7 @@ class SimCluster(Cluster):
         they come, as it looks then, and as fast as the links are from the end of the step on.
         """
         engine, now = self.executors.get(transfer.source), self.now()
-        if engine is None:  # it has died since
+        if engine is None or name not in self.executors:  # one of them has died since
             on_end(False)
             return
         path, parties = self.topology.path(transfer.source, name), _parties(transfer.source, name)
