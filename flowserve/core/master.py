@@ -104,7 +104,7 @@ class Master:
             case KvOffered():
                 self._offered(message, now)
             case KvReleased():
-                self._end_lease(message.task_id, message.by)
+                self._released(message.task_id, message.by)
             case KvFetched():
                 self._copied(message.task_id, message.success, now)
             case KvMoved():
@@ -203,6 +203,7 @@ class Master:
         """
         entry = self._entries.pop(task_id, None)
         sequence = self.core.abort(task_id, keep=False)
+        self._stop_fetching(task_id, now)
         if entry is not None and sequence is not None:
             self._fail(entry, FailureReason.ENGINE_ERROR, sequence.generated, now, detail)
         self._forget_times()
@@ -264,9 +265,10 @@ class Master:
     def _abort(self, task_id: int, now: int) -> None:
         if task_id in self._leases and task_id in self.core.held:
             return  # somebody reads these blocks: they go when the lease ends
-        self._disappoint(task_id)
+        self._end_lease(task_id)
         entry = self._entries.pop(task_id, None)
         sequence = self.core.abort(task_id)
+        self._stop_fetching(task_id, now)
         if entry is not None and sequence is not None:
             self._outbox.forgotten.append(task_id)
             self._emit(
@@ -288,7 +290,7 @@ class Master:
             if held:
                 self._offer_rest(sequence)
             else:
-                self._disappoint(sequence.task_id)
+                self._end_lease(sequence.task_id)
         times = self._token_times(sequence, entry)
         self._emit(
             TaskFinished(
@@ -331,7 +333,7 @@ class Master:
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)
-        self._disappoint(entry.task.task_id)
+        self._end_lease(entry.task.task_id)
         self._emit(
             TaskFailed(
                 to=entry.job_executor,
@@ -425,19 +427,18 @@ class Master:
             self.core.followed.discard(sequence.task_id)
             self._offer(sequence.task_id, lease, sequence.blocks[lease.offered :], more=False)
 
-    def _disappoint(self, task_id: int) -> None:
-        """A task ends without KV cache for whoever waits for it. What is being read of it is of no use to anyone."""
-        lease = self._leases.pop(task_id, None)
-        if lease is not None:
+    def _end_lease(self, task_id: int) -> None:
+        """Nobody reads this any more: also where a prefill ends that came to nothing. The job executor, who hears of
+        that, asks the reader's task back; what it read is of no use to anyone.
+        """
+        if self._leases.pop(task_id, None) is not None:
             self.core.followed.discard(task_id)
-            self._offer(task_id, lease, None, more=False)
 
-    def _end_lease(self, task_id: int, reader: str) -> None:
+    def _released(self, task_id: int, reader: str) -> None:
         """The reader has what it wanted, wants it no more, or needs none of it; or another one reads by now."""
         lease = self._leases.get(task_id)
         if lease is None or lease.reader == reader:
-            self._leases.pop(task_id, None)
-            self.core.followed.discard(task_id)
+            self._end_lease(task_id)
             self.core.release_held(task_id)
 
     # -- KV cache from other executors ----------------------------------------------------------------------------
@@ -448,7 +449,7 @@ class Master:
         fetching = self._fetches.get(task_id)
         if fetching is None:
             return
-        if message.blocks is None or task_id not in self._entries:
+        if message.blocks is None:
             fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
         elif message.block_tokens != size:
             said = (
@@ -477,6 +478,13 @@ class Master:
             fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
         self._go_on(task_id, now)
 
+    def _stop_fetching(self, task_id: int, now: int) -> None:
+        """A task is over that may be waiting for its KV cache: a copy under way goes on, and nothing else."""
+        fetching = self._fetches.get(task_id)
+        if fetching is not None:
+            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+            self._go_on(task_id, now)
+
     def _go_on(self, task_id: int, now: int) -> None:
         """A fetch that is over: its sequence decodes, or its task has failed. No block is written any more."""
         fetching = self._fetches[task_id]
@@ -493,7 +501,7 @@ class Master:
         self._lost.add(executor)
         for task_id, lease in list(self._leases.items()):
             if lease.reader == executor:
-                self._end_lease(task_id, executor)
+                self._released(task_id, executor)
         for task_id, fetching in list(self._fetches.items()):
             if fetching.source.executor == executor and not fetching.whole:  # else a copy under way ends by itself
                 fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")

@@ -141,18 +141,19 @@ def test_who_asks_late_gets_what_there_is(kv_transfer: KvTransfer) -> None:
     ],
     ids=["aborted", "failed", "ended with its first token"],
 )
-def test_a_reader_of_a_prefill_that_comes_to_nothing_is_told(
-    kv_transfer: KvTransfer, end: Callable[[Engine], None]
-) -> None:
-    """It gets None, and nothing is held for it."""
+def test_a_prefill_that_comes_to_nothing_is_not_held(kv_transfer: KvTransfer, end: Callable[[Engine], None]) -> None:
+    """Its reader hears of it from the job executor, and its release ends nothing that is another's."""
     engine = prefilling(kv_transfer)
     end(engine)
-    said = engine.outbox.take().peers
-    assert said[-1] == ("d", KvOffered(0, 100, "te", None, 16, said[-1][1].first))  # type: ignore[union-attr]
+    engine.outbox.take()
     while engine.master.core.in_flight:
         engine.step()
-    assert engine.master.idle
     assert engine.offers() == []
+    assert engine.master.idle
+    assert not engine.master.core.followed
+    engine.give(KvReleased(0, "d"))
+    engine.give(KvRequested(0, 101, "d"))
+    assert engine.outbox.take().peers == [("d", KvOffered(0, 101, "te", None, 16))]
 
 
 def test_a_prefill_of_one_token_is_not_announced() -> None:
@@ -313,14 +314,23 @@ def test_a_source_that_comes_to_nothing_fails_the_task(lost: Message) -> None:
     assert engine.outbox.take().transfers == []
 
 
-def test_an_aborted_fetch_keeps_its_blocks_until_the_next_word() -> None:
-    """The abort is answered at once; the blocks are free with what the source says next."""
+def test_an_aborted_fetch_is_over_with_its_copies() -> None:
+    """Where nothing is being copied, at once; what the source says later is ignored."""
     engine = fetching()
     engine.give(Abort(0))
-    assert [type(event) for event in engine.outbox.take().events] == [ev.TaskAborted]
-    assert not engine.master.idle
+    said = engine.outbox.take()
+    assert [type(event) for event in said.events] == [ev.TaskAborted]
+    assert said.peers == [("p", KvReleased(1000, "te"))]
+    assert engine.master.idle
+    engine = fetching()
     engine.give(offer(0, 5))
-    assert engine.outbox.take().peers == [("p", KvReleased(1000, "te"))]
+    engine.give(Abort(0))
+    engine.give(offer(5, 2, more=False))
+    assert len(engine.outbox.take().transfers) == 1
+    assert not engine.master.idle
+    engine.give(KvFetched(0, True))
+    said = engine.outbox.take()
+    assert (said.events, said.peers) == ([], [("p", KvReleased(1000, "te"))])
     assert engine.master.idle
 
 
