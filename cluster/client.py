@@ -5,9 +5,9 @@ was with a request is the difference of `RequestArrived.occurred` and the time i
 """
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import dropwhile
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -69,22 +69,24 @@ class Client:
 
     def on_event(self, event: ev.Event) -> list[Action]:
         """The actions this event calls for."""
-        match event:
-            case ev.RunStarted():
-                return [] if self._wait_for_fleet else self._read_on()
-            case ev.FleetReady():
-                self._start_ns = event.time
-                return self._read_on() if self._wait_for_fleet else []
-            case ev.TimerFired():
-                return self._timer(event)
-            case ev.FirstToken() if event.request_id in self._open:  # of a job's call it is not the client's
-                return self._cue("first_token", event.request_id, event.time)
-            case ev.RequestEnded() | ev.WorkEnded():
-                del self._open[event.request_id]
-                del self.due[event.request_id]
-                return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
-            case _:
-                return []
+        handler = _HANDLERS.get(type(event))
+        return [] if handler is None else handler(self, event)
+
+    def _run_started(self, event: ev.RunStarted) -> list[Action]:
+        return [] if self._wait_for_fleet else self._read_on()
+
+    def _fleet_ready(self, event: ev.FleetReady) -> list[Action]:
+        self._start_ns = event.time
+        return self._read_on() if self._wait_for_fleet else []
+
+    def _first_token(self, event: ev.FirstToken) -> list[Action]:
+        """Of a job's call it is not the client's."""
+        return self._cue("first_token", event.request_id, event.time) if event.request_id in self._open else []
+
+    def _ended(self, event: ev.RequestEnded | ev.WorkEnded) -> list[Action]:
+        del self._open[event.request_id]
+        del self.due[event.request_id]
+        return [*self._cue("ended", event.request_id, event.time), *self._end_if_done()]
 
     def resume(self, workload: Iterable[AnyArrival]) -> None:
         """Go on where this client was when it was pickled; of the same workload, what it has read is passed over."""
@@ -120,31 +122,27 @@ class Client:
         return self._submit(arrival, event.time)
 
     def _submit(self, arrival: AnyArrival, due: int) -> list[Action]:
-        if isinstance(arrival, WorkArrival):
-            return self._submit_work(arrival, due)
-        request = arrival.request
-        among = self._job_executors
-        chosen = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
-        self._open[request.request_id] = chosen
-        self.due[request.request_id] = due
-        actions: list[Action] = [SubmitRequest(chosen, request, arrival.answer)]
-        if arrival.cancel_after_ns is not None:
-            actions.append(SetTimer(self.name, f"cancel:{request.request_id}", due + arrival.cancel_after_ns))
-        return actions
-
-    def _submit_work(self, arrival: WorkArrival, due: int) -> list[Action]:
         number = arrival.request.request_id
+        if isinstance(arrival, WorkArrival):
+            self._check_work(arrival)
+            to = WORK
+            action: Action = SubmitWork(to, arrival.request, arrival.answer)
+        else:
+            among = self._job_executors
+            to = among[0] if len(among) == 1 else among[int(self._rng.integers(len(among)))]
+            action = SubmitRequest(to, arrival.request, arrival.answer)
+        self._open[number] = to
+        self.due[number] = due
+        if arrival.cancel_after_ns is None:
+            return [action]
+        return [action, SetTimer(self.name, f"cancel:{number}", due + arrival.cancel_after_ns)]
+
+    def _check_work(self, arrival: WorkArrival) -> None:
         if not self._takes_work:
             raise ValueError(
-                f"request {number} of the workload asks for {type(arrival.request.work).__name__}, but nothing "
-                "here runs that: give fleet.groups executors of role cpu (tools, preprocessing) and training"
+                f"request {arrival.request.request_id} of the workload asks for {type(arrival.request.work).__name__}, "
+                "but nothing here runs that: give fleet.groups executors of role cpu (for tools and data) and training"
             )
-        self._open[number] = WORK
-        self.due[number] = due
-        actions: list[Action] = [SubmitWork(WORK, arrival.request, arrival.answer)]
-        if arrival.cancel_after_ns is not None:
-            actions.append(SetTimer(self.name, f"cancel:{number}", due + arrival.cancel_after_ns))
-        return actions
 
     def _read_on(self) -> list[Action]:
         """Read up to and with the next timed arrival; arrivals with a trigger start to wait."""
@@ -182,6 +180,8 @@ class Client:
         self._times[kind].append(now)
         if self._closed_loop:
             self._past[kind, request_id] = now
+        if not self._cued and not self._counted:
+            return []
         due = self._cued.pop((kind, request_id), []) + self._counted.pop((kind, len(self._times[kind])), [])
         actions: list[Action] = []
         for arrival in due:
@@ -207,3 +207,13 @@ class Client:
     def never_sent(self) -> int:
         """Arrivals whose trigger did not happen."""
         return sum(map(len, self._cued.values())) + sum(map(len, self._counted.values()))
+
+
+_HANDLERS: Final[dict[type, Callable[[Client, Any], list[Action]]]] = {
+    ev.RunStarted: Client._run_started,
+    ev.FleetReady: Client._fleet_ready,
+    ev.TimerFired: Client._timer,
+    ev.FirstToken: Client._first_token,
+    ev.RequestEnded: Client._ended,
+    ev.WorkEnded: Client._ended,
+}

@@ -28,7 +28,7 @@ class Group:
 
     In order of launch (names of equal length sort by number), so that who of them was ready first makes no difference.
 
-    Own bookkeeping, exact: `outstanding` tasks dispatched and not back; `queued_tokens` of prompt dispatched and
+    `names` is a new list whenever it changes. Own bookkeeping, exact: `outstanding` tasks dispatched and not back; `queued_tokens` of prompt dispatched and
     not yet answered by a first token. From reports, late: `kv_used` and `kv_total` blocks, `reported_ns` when.
     """
 
@@ -51,7 +51,7 @@ class Group:
 
     def add(self, name: str, kv_total: int, max_sequences: int) -> None:
         place = bisect([(len(known), known) for known in self.names], (len(name), name))
-        self.names.insert(place, name)
+        self.names = [*self.names[:place], name, *self.names[place:]]
         self._index()
         for column in self.COLUMNS:
             value = {"kv_total": kv_total, "max_sequences": max_sequences}.get(column, 0)
@@ -59,7 +59,7 @@ class Group:
 
     def remove(self, name: str) -> None:
         place = self.index[name]
-        del self.names[place]
+        self.names = [*self.names[:place], *self.names[place + 1 :]]
         self._index()
         for column in self.COLUMNS:
             setattr(self, column, np.delete(getattr(self, column), place))
@@ -77,10 +77,10 @@ class Fleet:
 
     def group(self, model: str, role: Role) -> Group:
         """The TE group of a model and role; empty where there is none."""
-        key = (model, role)
-        if key not in self._groups:
-            self._groups[key] = Group(model, role)
-        return self._groups[key]
+        group = self._groups.get((model, role))
+        if group is None:
+            group = self._groups[model, role] = Group(model, role)
+        return group
 
     def candidates(self, task: Task) -> list[Group]:
         """Non-empty groups this task may go to: decode executors for a decode task, else every entry role."""

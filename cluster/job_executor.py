@@ -5,6 +5,9 @@ one job of two, the second placed when the first is done or, where the executor 
 tried again elsewhere, from the token the frontend holds.
 """
 
+from collections.abc import Callable
+from typing import Any, Final
+
 import msgspec
 
 from cluster import events as ev
@@ -89,37 +92,8 @@ class JobExecutor:
 
     def on_event(self, event: ev.Event) -> list[Action]:
         """The actions this event calls for."""
-        match event:
-            case ev.RequestArrived():
-                return self._arrived(event)
-            case ev.FirstToken():
-                self._first_token(event)
-                return []
-            case ev.PrefillStarted():
-                return self._prefill_started(event)
-            case ev.TaskProgress():
-                self._progress(event)
-                return []
-            case ev.TaskFinished():
-                return self._finished(event)
-            case ev.TaskFailed():
-                return self._failed(event)
-            case ev.TaskAborted():
-                return self._aborted(event)
-            case ev.CancelRequested():
-                return self._cancel(event)
-            case ev.LoadReport():
-                self.fleet.reported(event)
-                return []
-            case ev.ExecutorAnnounced():
-                return self._announced(event)
-            case ev.NoCapacity():
-                return self._give_up(event)
-            case ev.CallArrived():
-                self._callers[event.request.request_id] = event.caller
-                return self._arrived(event)
-            case _:
-                return []
+        handler = _HANDLERS.get(type(event))
+        return [] if handler is None else handler(self, event)
 
     @property
     def open_jobs(self) -> int:
@@ -127,6 +101,10 @@ class JobExecutor:
         return len(self._jobs)
 
     # -- the life of a job ----------------------------------------------------------------------------------------
+
+    def _called(self, event: ev.CallArrived) -> list[Action]:
+        self._callers[event.request.request_id] = event.caller
+        return self._arrived(event)
 
     def _arrived(self, event: ev.RequestArrived | ev.CallArrived) -> list[Action]:
         job = Job(event.request, event.occurred)
@@ -198,18 +176,20 @@ class JobExecutor:
             self._believe(event)
         return [] if job.end is None else self._end(job, *job.end)
 
-    def _first_token(self, event: ev.FirstToken) -> None:
+    def _first_token(self, event: ev.FirstToken) -> list[Action]:
         job = self._current(event)
         if job is not None:
             self._unqueue(job)
             job.generated = max(job.generated, 1)
             self.policy.first_token(job.request, event)
+        return []
 
-    def _progress(self, event: ev.TaskProgress) -> None:
+    def _progress(self, event: ev.TaskProgress) -> list[Action]:
         for task_id, generated in event.generated:
             job = self._tasks.get(task_id)
             if job is not None:
                 job.generated = max(job.generated, generated)
+        return []
 
     def _finished(self, event: ev.TaskFinished) -> list[Action]:
         job = self._current(event)
@@ -341,6 +321,10 @@ class JobExecutor:
         actions = [action for action in actions if not isinstance(action, ReportDemand)]
         return [*actions, ReportDemand(self.name, model, self._demand[model])] if waiting else actions
 
+    def _reported(self, event: ev.LoadReport) -> list[Action]:
+        self.fleet.reported(event)
+        return []
+
     def _give_up(self, event: ev.NoCapacity) -> list[Action]:
         self._no_capacity[event.model] = event.reason
         actions: list[Action] = []
@@ -379,9 +363,26 @@ class JobExecutor:
         job.task, job.executor = None, ""
 
     def _unqueue(self, job: Job) -> None:
-        self.fleet.count(job.executor, 0, -job.queued_tokens)
-        job.queued_tokens = 0
+        if job.queued_tokens:
+            self.fleet.count(job.executor, 0, -job.queued_tokens)
+            job.queued_tokens = 0
 
 
 def _is_ahead(job: Job, event: ev.TaskFinished | ev.TaskFailed | ev.TaskAborted) -> bool:
     return job.ahead is not None and job.ahead.task_id == event.task_id
+
+
+_HANDLERS: Final[dict[type, Callable[[JobExecutor, Any], list[Action]]]] = {
+    ev.RequestArrived: JobExecutor._arrived,
+    ev.FirstToken: JobExecutor._first_token,
+    ev.PrefillStarted: JobExecutor._prefill_started,
+    ev.TaskProgress: JobExecutor._progress,
+    ev.TaskFinished: JobExecutor._finished,
+    ev.TaskFailed: JobExecutor._failed,
+    ev.TaskAborted: JobExecutor._aborted,
+    ev.CancelRequested: JobExecutor._cancel,
+    ev.LoadReport: JobExecutor._reported,
+    ev.ExecutorAnnounced: JobExecutor._announced,
+    ev.NoCapacity: JobExecutor._give_up,
+    ev.CallArrived: JobExecutor._called,
+}

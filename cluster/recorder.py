@@ -2,7 +2,9 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from struct import pack
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -16,7 +18,7 @@ NONE = -1
 """Stands for "never" in the integer columns of records, which turn it into NaN when they are read."""
 
 
-TIMES_AT_ONCE = 1 << 16
+TIMES_AT_ONCE = 1 << 13
 """Of so many tokens the gaps are computed together."""
 
 
@@ -147,11 +149,17 @@ class Recorder:
 
     def __init__(self, open_file: OpenFile | None = None) -> None:
         self._rows = Spool(open_file)
+        # Not `Struct`s, which a snapshot could not take along.
+        self._pack_row = partial(pack, f"{len(self.REQUEST_COLUMNS) + 1 + len(self.WORDS)}q")
+        self._pack_load = partial(pack, f"{len(Loads.COLUMNS)}q")
         self._gaps = Spool(open_file)
         self._loads = Spool(open_file)
         self._words: dict[str, int] = {}
-        self._times = array("q")  # of tokens whose gaps are not computed yet: of many requests at once that is fast
-        self._no_gaps = array("q")  # places in it that begin something
+        # Times of tokens whose gaps are not computed yet (of many requests at once that is fast), how many these are,
+        # and which of their places begin something.
+        self._times: list[array[int]] = []
+        self._num_times = 0
+        self._no_gaps: list[int] = []
         self.ended = 0
         self.finished = 0
         self.scaling: list[tuple[int, str, str, int]] = []
@@ -225,11 +233,11 @@ class Recorder:
 
     def _find_gaps(self) -> None:
         if self._times:
-            times = np.frombuffer(self._times, np.int64)
-            gaps = np.delete(np.diff(times), np.frombuffer(self._no_gaps, np.int64)[1:] - 1)
-            self._gaps.extend_bytes(gaps.tobytes())
-            del times
-            del self._times[:], self._no_gaps[:]
+            times = np.frombuffer(b"".join(self._times), np.int64)
+            known = np.ones(len(times), np.bool_)
+            known[self._no_gaps] = False
+            self._gaps.extend_bytes((times[1:] - times[:-1])[known[1:]].tobytes())
+            self._times, self._num_times, self._no_gaps = [], 0, []
 
     def record(self, event: ev.Event, actions: Sequence[Action], client: ClientActor) -> None:
         """Note what an event says. `client` knows when its requests were due."""
@@ -266,8 +274,8 @@ class Recorder:
         if event.to != "cm":
             return
         self._last_reports[event.executor] = event
-        self._loads.extend(
-            (
+        self._loads.extend_bytes(
+            self._pack_load(
                 event.time,
                 event.occurred,
                 self._word(event.executor),
@@ -334,22 +342,23 @@ class Recorder:
         self._append(event.request_id, self._live.pop(event.request_id), event.outcome, event.reason, event.generated)
 
     def _append(self, request_id: int, live: _Live, outcome: str, reason: str, generated: int) -> None:
-        times, start = live.times, len(self._times)
+        times, start = live.times, self._num_times
         gaps = 0
         if times:
-            self._times += times
+            self._times.append(times)
+            self._num_times += len(times)
             self._no_gaps.append(start)
             gaps = len(times) - 1
             if live.breaks is not None:
                 self._no_gaps.extend([start + place for place in live.breaks])
                 gaps -= len(live.breaks)
-            if len(self._times) > TIMES_AT_ONCE:
+            if self._num_times > TIMES_AT_ONCE:
                 self._find_gaps()
         done = outcome == Outcome.FINISHED
         self.ended += 1
         self.finished += done
-        self._rows.extend(
-            (
+        self._rows.extend_bytes(
+            self._pack_row(
                 request_id,
                 live.arrival,
                 live.lag,
@@ -397,7 +406,7 @@ class Recorder:
         return sum(each.spec.npus * each.held_ns for each in held if role is None or each.spec.role is role) / NS_PER_S
 
 
-_NOTES: dict[type, Callable[[Recorder, Any], None]] = {
+_NOTES: Final[dict[type, Callable[[Recorder, Any], None]]] = {
     ev.FirstToken: Recorder._first_token,
     ev.TaskFinished: Recorder._task_finished,
     ev.TaskFailed: Recorder._task_failed,

@@ -1,4 +1,4 @@
-"""Actions that are only messages between actors: the event each becomes, the same on every backend."""
+"""What is the same on every backend: the events that actions become which are only messages, and that of lost work."""
 
 from cluster import events as ev
 from cluster.actions import (
@@ -15,6 +15,8 @@ from cluster.actions import (
     SubmitRequest,
     SubmitWork,
 )
+from cluster.vocabulary import FailureReason
+from cluster.work import WorkTask
 
 
 def relayed(action: Action, now: int) -> ev.Event | None:
@@ -22,8 +24,6 @@ def relayed(action: Action, now: int) -> ev.Event | None:
     match action:
         case SubmitRequest():
             return ev.RequestArrived(to=action.job_executor, time=now, occurred=now, request=action.request)
-        case CancelRequest():
-            return ev.CancelRequested(to=action.job_executor, time=now, occurred=now, request_id=action.request_id)
         case EndRequest():
             return ev.RequestEnded(
                 to="client",
@@ -34,6 +34,8 @@ def relayed(action: Action, now: int) -> ev.Event | None:
                 generated=action.generated,
                 reason=action.reason,
             )
+        case CancelRequest():
+            return ev.CancelRequested(to=action.job_executor, time=now, occurred=now, request_id=action.request_id)
         case ReportDemand():
             return ev.DemandReported(
                 to="cm",
@@ -87,3 +89,17 @@ def relayed(action: Action, now: int) -> ev.Event | None:
             return ev.FleetReady(to="client", time=now, occurred=now)
         case _:
             return None
+
+
+def work_lost(now: int, executor: str, job_executor: str, task: WorkTask, invalid: str = "") -> ev.WorkFailed:
+    """What a job executor hears of a task whose worker is gone; or that no worker can run, and `invalid` says why."""
+    return ev.WorkFailed(
+        to=job_executor,
+        time=now,
+        occurred=now,
+        request_id=task.request_id,
+        task_id=task.task_id,
+        executor=executor,
+        reason=FailureReason.INVALID if invalid else FailureReason.EXECUTOR_LOST,
+        detail=invalid,
+    )

@@ -40,7 +40,7 @@ MODULES = (
     "policies.dispatch.deepflow",
     "policies.dispatch.prompt_tree",
     "policies.dispatch.round_robin",
-    "sim.alarm",
+    "sim.clock",
     "sim.cluster",
     "sim.executor",
     "sim.latency",

@@ -251,7 +251,7 @@ class Inspection:
             [
                 ("first block", "blocks", "hits", "used by"),
                 *(
-                    (f"{node.ids[0] & _WHOLE:016x}", str(_below(node)), str(_hits(node)), str(node.locks))
+                    (f"{node.first & _WHOLE:016x}", str(_below(node)), str(_hits(node)), str(node.locks))
                     for node in roots
                 ),
             ]

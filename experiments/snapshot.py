@@ -89,8 +89,6 @@ class Snapshot(NamedTuple):
 
 def save(path: Path, state: State, cfg: DictConfig, trace: str, decisions_bytes: int | None) -> None:
     """Write a snapshot. ValueError: a policy or another object of the user's cannot be pickled."""
-    if compiled.is_active():
-        raise ValueError(f"snapshot_at: compiled objects cannot be pickled: run without {compiled.SWITCH}")
     try:
         with _at_rest(state.control):
             payload = pickled(state)
@@ -131,6 +129,8 @@ def load(path: Path) -> Snapshot:
     """Read a snapshot that this code wrote. ValueError: it is none, of other code, or damaged; nothing is unpickled
     then.
     """
+    if compiled.is_active():
+        raise ValueError(f"resume={path}: a snapshot holds objects of the pure core: resume without {compiled.SWITCH}")
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a run with snapshot_at=SECONDS writes snapshot.bin to its folder")
     with path.open("rb") as file:
@@ -242,13 +242,8 @@ def pickled(state: State) -> bytes:
     """A run as bytes. What pickle and cloudpickle cannot take raises what they raise."""
     import cloudpickle
 
-    from sim.snapshot import REDUCERS
-
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # no types; it takes closures, too
-        dispatch_table = cloudpickle.CloudPickler.dispatch_table.new_child(REDUCERS)
-
     out = io.BytesIO()
-    _deep(lambda: Pickler(out, pickle.HIGHEST_PROTOCOL).dump(state))
+    _deep(lambda: cloudpickle.dump(state, out, pickle.HIGHEST_PROTOCOL))
     return out.getvalue()
 
 

@@ -32,7 +32,7 @@ from cluster.actions import (
     SubmitWork,
     SwitchRole,
 )
-from cluster.relay import relayed
+from cluster.relay import relayed, work_lost
 from cluster.request import Answer, Request, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
@@ -295,39 +295,17 @@ class RealCluster(Cluster):
     def _dispatch_work(self, action: DispatchWork) -> None:
         name, task, executor = action.executor, action.task, self._executors.get(action.executor)
         if executor is None or not executor.ready:
-            self._lose_work(name, action.job_executor, task)
+            self._emit(work_lost(self.now(), name, action.job_executor, task))
             return
         engine = self._engine_for(executor.spec)
         assert isinstance(engine, WorkEngine)
         try:
             took = self._secrets.duration_ns(task, executor.spec, engine.time)
         except ValueError as error:
-            self._lose_work(name, action.job_executor, task, FailureReason.INVALID, str(error))
+            self._emit(work_lost(self.now(), name, action.job_executor, task, str(error)))
             return
         executor.work[task.task_id] = (action.job_executor, task)
         self._send(name, wire.Deliver(messages.DispatchWork(action.job_executor, task, took)))
-
-    def _lose_work(
-        self,
-        executor: str,
-        job_executor: str,
-        task: WorkTask,
-        reason: FailureReason = FailureReason.EXECUTOR_LOST,
-        detail: str = "",
-    ) -> None:
-        now = self.now()
-        self._emit(
-            ev.WorkFailed(
-                to=job_executor,
-                time=now,
-                occurred=now,
-                request_id=task.request_id,
-                task_id=task.task_id,
-                executor=executor,
-                reason=reason,
-                detail=detail,
-            )
-        )
 
     def _launch_worker(self, action: LaunchExecutor, engine: WorkEngine) -> ChildProcess:
         name, folder = action.executor, self._log_dir
@@ -414,7 +392,7 @@ class RealCluster(Cluster):
         for job_executor, task in executor.tasks.values():
             self._lose(name, job_executor, task)
         for job_executor, work in executor.work.values():
-            self._lose_work(name, job_executor, work)
+            self._emit(work_lost(self.now(), name, job_executor, work))
         for other in self._executors:
             self._send(other, wire.Deliver(PeerLost(name)))
 

@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
-import simpy
+from simpy.core import EmptySchedule
 
 from cluster import events as ev
 from cluster.acceptance import Acceptance
@@ -31,7 +31,7 @@ from cluster.actions import (
     SwitchRole,
 )
 from cluster.latency import LatencyModel
-from cluster.relay import relayed
+from cluster.relay import relayed, work_lost
 from cluster.request import Answer, Task
 from cluster.seam import Cluster
 from cluster.vocabulary import WORKERS, ExecutorSpec, FailureReason, Stage, to_ns
@@ -57,7 +57,7 @@ from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
 from flowserve.core.transfer import contiguous_runs, pieces_by_layer
 from flowserve.core.worker import Worker
-from sim.alarm import NORMAL, Alarm
+from sim.clock import Clock
 from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
 from sim.network import Flow, Network, Path
@@ -68,7 +68,6 @@ from sim.tokenizers import Tokenizers
 from sim.topology import Hosts, Topology
 from sim.worker import SimWorker
 
-NEVER = float("inf")
 MOST_TRANSFERS = 50_000
 """So many are remembered."""
 
@@ -103,7 +102,7 @@ class SimCluster(Cluster):
         self.transfers: list[TransferSpan] = []
         self.latencies: list[LatencyModel] = []
         self._record = self.steps.append if record else None
-        self.env = simpy.Environment()
+        self.clock = Clock()
         self.executors: dict[str, SimExecutor] = {}
         self._peers: dict[str, dict[str, SimExecutor]] = {}  # by model: those that may exchange KV cache
         self._node_for = node_for
@@ -123,8 +122,8 @@ class SimCluster(Cluster):
         self._work_nodes: dict[str, WorkNode] = {}
         self._work_tasks: dict[str, dict[int, tuple[str, WorkTask]]] = {}
         self._nodes: dict[str, Node] = {}
-        self.network, self.topology = Network(self.env), Topology(hosts or Hosts())
-        self._starter = Starter(self.env, self.topology, self.network, self._stage_finished, self._ready)
+        self.network, self.topology = Network(self.clock), Topology(hosts or Hosts())
+        self._starter = Starter(self.clock, self.topology, self.network, self._stage_finished, self._ready)
         self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
         self._undone: list[Action] = []
         self._ended = False
@@ -137,24 +136,24 @@ class SimCluster(Cluster):
         self._undone.append(action)
 
     def next_event(self) -> ev.Event | None:
-        env = self.env
+        clock = self.clock
         if self._undone:
             if self._decision_ns:
-                env.run(until=env.now + self._decision_ns)
+                clock.run_until(clock.now + self._decision_ns)
             actions, self._undone = self._undone, []
             for action in actions:
                 self._perform(action)
         if self._ended:
             return None
         # All that happens at one time happens before anyone reacts to it.
-        events, now = self._events, env.now
-        while (following := env.peek()) == now or not events:
-            if following == NEVER:
-                raise RuntimeError(f"nothing can happen any more at {now} ns, yet the run has not ended")
-            env.step()
-            now = following
+        events = self._events
+        try:
+            while not events or clock.is_due():
+                clock.step()
+        except EmptySchedule:
+            raise RuntimeError(f"nothing can happen any more at {clock.now} ns, yet the run has not ended") from None
         event = events.popleft()
-        return event if event.time == now else msgspec.structs.replace(event, time=int(now))
+        return event if event.time == clock.now else msgspec.structs.replace(event, time=clock.now)
 
     def close(self) -> None:
         self.executors.clear()
@@ -164,7 +163,7 @@ class SimCluster(Cluster):
 
     def now(self) -> int:
         """ns since the start of the run."""
-        return int(self.env.now)
+        return self.clock.now
 
     def pause_at(self, time: int) -> None:
         """Have `next_event` return a timer of nobody's at this time, or now where that is past, for whoever watches."""
@@ -203,11 +202,11 @@ class SimCluster(Cluster):
         self._ended = True
 
     def _relay(self, action: Action) -> None:
-        if isinstance(action, SubmitRequest):
+        if type(action) is SubmitRequest:
             if action.answer is None:
                 raise ValueError(f"request {action.request.request_id} has no answer: a simulated sampler must be told")
             self._answers[action.request.request_id] = action.answer
-        elif isinstance(action, EndRequest):
+        elif type(action) is EndRequest:
             del self._answers[action.request_id]
         event = relayed(action, self.now())
         assert event is not None
@@ -266,7 +265,7 @@ class SimCluster(Cluster):
         if node.noise is not None:
             latency = Noisy(latency, node.noise, action.executor)
         executor = SimExecutor(
-            self.env,
+            self.clock,
             shell,
             latency,
             self._answers,
@@ -321,7 +320,7 @@ class SimCluster(Cluster):
         name, now = action.executor, self.now()
         worker = Worker(name, action.spec, node.slots, ("cm",), self._report_period_ns)
         self._work_nodes[name], self._work_tasks[name] = node, {}
-        self.workers[name] = SimWorker(self.env, worker, partial(self._deliver_work, name))
+        self.workers[name] = SimWorker(self.clock, worker, partial(self._deliver_work, name))
         self._emit(
             ev.ExecutorReady(
                 to="cm",
@@ -339,12 +338,12 @@ class SimCluster(Cluster):
         name, task = action.executor, action.task
         worker = self.workers.get(name)
         if worker is None:
-            self._lose_work(name, action.job_executor, task)
+            self._emit(work_lost(self.now(), name, action.job_executor, task))
             return
         try:
             took = self._secrets.duration_ns(task, worker.worker.shell.spec, self._work_nodes[name].time)
         except ValueError as error:
-            self._lose_work(name, action.job_executor, task, FailureReason.INVALID, str(error))
+            self._emit(work_lost(self.now(), name, action.job_executor, task, str(error)))
             return
         self._work_tasks[name][task.task_id] = (action.job_executor, task)
         self._send(name, messages.DispatchWork(action.job_executor, task, took), self._dispatch_ns)
@@ -361,29 +360,7 @@ class SimCluster(Cluster):
         if worker is not None:
             worker.kill()
             for job_executor, task in self._work_tasks.pop(name).values():
-                self._lose_work(name, job_executor, task)
-
-    def _lose_work(
-        self,
-        executor: str,
-        job_executor: str,
-        task: WorkTask,
-        reason: FailureReason = FailureReason.EXECUTOR_LOST,
-        detail: str = "",
-    ) -> None:
-        now = self.now()
-        self._emit(
-            ev.WorkFailed(
-                to=job_executor,
-                time=now,
-                occurred=now,
-                request_id=task.request_id,
-                task_id=task.task_id,
-                executor=executor,
-                reason=reason,
-                detail=detail,
-            )
-        )
+                self._emit(work_lost(self.now(), name, job_executor, task))
 
     # -- failures -------------------------------------------------------------------------------------------------
 
@@ -437,7 +414,7 @@ class SimCluster(Cluster):
 
     def _deliver(self, name: str, outbox: Outbox) -> None:
         for event in outbox.events:
-            if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
+            if type(event) is ev.TaskFinished or type(event) is ev.TaskFailed or type(event) is ev.TaskAborted:
                 self._tasks[name].pop(event.task_id, None)
             self._emit(event, self._event_ns)
         for other, message in outbox.peers:
@@ -536,7 +513,7 @@ class SimCluster(Cluster):
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
         self._after(delay, partial(self._arrive, name, message))
 
-    def _arrive(self, name: str, message: Message, _: simpy.Event) -> None:
+    def _arrive(self, name: str, message: Message) -> None:
         executor = self.executors.get(name) or self.workers.get(name)
         if executor is not None:
             executor.receive(message)
@@ -547,17 +524,17 @@ class SimCluster(Cluster):
         else:
             self._events.append(event)
 
-    def _heard(self, event: ev.Event, _: simpy.Event) -> None:
+    def _heard(self, event: ev.Event) -> None:
         self._events.append(event)
 
     def _at(self, delay: int, action: Callable[[], None]) -> None:
         if delay:
-            self._after(delay, partial(_call, action))
+            self._after(delay, action)
         else:
             action()
 
-    def _after(self, delay: int, callback: Callable[[simpy.Event], None]) -> None:
-        Alarm(self.env, delay, NORMAL, callback)
+    def _after(self, delay: int, callback: Callable[[], None]) -> None:
+        self.clock.alarm(delay, callback)
 
 
 def _parties(source: str, target: str) -> tuple[str, ...]:
@@ -565,11 +542,7 @@ def _parties(source: str, target: str) -> tuple[str, ...]:
     return (target,) if source == target else (source, target)
 
 
-def _call(action: Callable[[], None], _: simpy.Event) -> None:
-    action()
-
-
-_PERFORM: dict[type, Callable[[SimCluster, Any], None]] = {
+_PERFORM: Final[dict[type, Callable[[SimCluster, Any], None]]] = {
     DispatchTask: SimCluster._dispatch,
     SetTimer: SimCluster._set_timer,
     AbortTask: SimCluster._abort,

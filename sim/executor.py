@@ -9,7 +9,6 @@ import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 
-import simpy
 from simpy.events import EventPriority
 
 from cluster import identity
@@ -21,12 +20,12 @@ from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import NONE
 from flowserve.core.sequence import DECODE, ENDED, LAST, Sequence
 from flowserve.core.task_executor import TaskExecutor
-from sim.alarm import Alarm
+from sim.clock import Alarm, Clock
 from sim.contention import Shared
 
 LONGEST_SEGMENT = 4096
-STEPS_AT_A_TIME = 64
-"""So many steps of a segment are timed before it is looked whether a load report ends it."""
+FEWEST_TIMED = 16
+"""So many steps of a segment are timed at first, and twice as many when they are over: most segments are cut early."""
 _BEFORE_ALL = -(1 << 40)
 
 
@@ -48,7 +47,7 @@ class SimExecutor:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        clock: Clock,
         shell: TaskExecutor,
         latency: LatencyModel,
         answers: dict[int, Answer],
@@ -64,7 +63,7 @@ class SimExecutor:
         self._core = shell.core
         self.dead = False
         self.steps = 0
-        self._env = env
+        self._clock = clock
         self._latency = latency
         self._answers = answers
         self._deliver = deliver
@@ -77,8 +76,10 @@ class SimExecutor:
         self._accept = accept
         self._priority = EventPriority(_BEFORE_ALL + number)
         self._inbox: list[Message] = []
-        self._timer: simpy.Event | None = None
+        self._timer: Alarm | None = None
+        # When the steps of the segment end that are timed so far, and how many more it may have.
         self._ends: list[int] = []
+        self._untimed = 0
         self._batch: tuple[Sequence, ...] | None = None
         # (decode clock, task id, when it joined, sequence): when each sequence in the batch samples its last token.
         # Those that left otherwise stay until they come to the top.
@@ -95,8 +96,9 @@ class SimExecutor:
             self._inbox.extend(messages)
         if not self._core.in_flight:
             self._next_step()
-        elif len(self._ends) > 1:
-            ended = bisect_right(self._ends, self._env.now)
+        elif len(self._ends) > 1 or self._untimed:
+            self._untimed = 0
+            ended = bisect_right(self._ends, self._clock.now)
             if ended + 1 < len(self._ends):
                 del self._ends[ended + 1 :]
                 self._wait_for(self._ends[ended])
@@ -109,7 +111,7 @@ class SimExecutor:
         if asked:
             self.settle()
             for message in asked:
-                self.shell.master.receive(message, int(self._env.now))
+                self.shell.master.receive(message, self._clock.now)
             self._deliver(self.shell)
         return [message for message in messages if not isinstance(message, KvRequested)]
 
@@ -117,9 +119,10 @@ class SimExecutor:
         """Stop in the middle of whatever it does. What finished by now stays readable in the shell."""
         self.settle()
         self.dead = True
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
         if self._shared is not None:
-            self._shared.idle(self, int(self._env.now))
+            self._shared.idle(self, self._clock.now)
 
     def hold(self, ns: int) -> None:
         """The host needs so long for something else before it launches what it has just scheduled."""
@@ -127,8 +130,8 @@ class SimExecutor:
             return
         self._ends = [end + ns for end in self._ends]
         if self._shared is not None:
-            self._ends = [self._shared.extend(self, int(self._env.now), ns)]
-        del self._ends[bisect_left(self._ends, self.shell.next_report) + 1 :]
+            self._ends = [self._shared.extend(self, self._clock.now, ns)]
+        self._end_for_report()
         self._wait_for(self._ends[-1])
 
     def retime(self, end: int) -> None:
@@ -139,7 +142,7 @@ class SimExecutor:
     @property
     def step_ends(self) -> int | None:
         """When the step in progress ends; None where nothing is computed."""
-        ended = bisect_right(self._ends, self._env.now)
+        ended = bisect_right(self._ends, self._clock.now)
         return self._ends[ended] if ended < len(self._ends) and self._core.in_flight else None
 
     def step_of(self, plan: int) -> tuple[int, int] | None:
@@ -151,7 +154,7 @@ class SimExecutor:
 
     def settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""
-        ended = bisect_right(self._ends, self._env.now)
+        ended = bisect_right(self._ends, self._clock.now)
         if ended and ended < len(self._ends):
             if self._record is not None:
                 self._write_down(ended)
@@ -163,7 +166,7 @@ class SimExecutor:
 
     def _next_step(self) -> None:
         """What a real engine loop does between two steps: messages in, schedule, outbox out, launch."""
-        now, shell, in_flight = int(self._env.now), self.shell, self._core.in_flight
+        now, shell, in_flight = self._clock.now, self.shell, self._core.in_flight
         if self._inbox:
             messages, self._inbox = self._inbox, []
             for message in messages:
@@ -189,7 +192,7 @@ class SimExecutor:
 
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
-        now, steps = int(self._env.now), 0
+        now, steps = self._clock.now, 0
         if self._varies:
             self._latency.seek(self.steps)
         if plan.decodes is not self._batch:
@@ -197,9 +200,11 @@ class SimExecutor:
         self._since = now
         if self._coalesce and self._shared is None:
             steps = self._steps_behind(plan)
+        self._untimed = steps
         if steps and not plan.chunks:
             self._ends = []
-            self._extend(plan, steps + 1, now, ahead)
+            self._untimed += 1
+            self._extend(plan, now, ahead)
         else:
             took = self._latency.step_ns(plan.shape)
             took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
@@ -208,7 +213,7 @@ class SimExecutor:
                 end = self._shared.begin(self, bool(plan.chunks), now, took)
             self._ends = [end]
             if steps:
-                self._extend(plan, steps, end, ahead)
+                self._extend(plan, end, ahead)
         self._wait_for(self._ends[-1])
 
     def _steps_behind(self, plan: Plan) -> int:
@@ -222,30 +227,35 @@ class SimExecutor:
                     return 0
         return self._core.steady_steps(most)
 
-    def _extend(self, plan: Plan, steps: int, end: int, ahead: bool) -> None:
-        """Let the segment, which ends at `end` by now, go on for so many steps, or until a load report is due."""
-        due, ends, host, latency = self.shell.next_report, self._ends, self._host, self._latency
+    def _extend(self, plan: Plan, end: int, ahead: bool) -> None:
+        """Time the next steps of the segment, which ends at `end` by now, or fewer where a load report is due."""
+        ends, host, latency = self._ends, self._host, self._latency
+        done = len(ends)
+        count = min(self._untimed, max(FEWEST_TIMED, done))
+        self._untimed -= count
         _, _, _, batch, context, _ = plan.shape
-        while steps > 0 and (end < due or not ends):
-            count = min(steps, STEPS_AT_A_TIME)
-            done = len(ends)
-            if plan.chunks:
-                took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
-            else:
-                took = latency.decode_ns(batch, context + batch * done, count)
-            if host or latency.stages > 1:
-                hidden = len(self._core.in_flight) > 1
-                for place, each in enumerate(took):
-                    if hidden if done + place else ahead:
-                        took[place] = max(each, host)
-                    else:
-                        took[place] = each + host + latency.fill_ns(plan.shape_after(done + place))
-            for each in took:
-                end += each
-                ends.append(end)
-            steps -= count
-        if end >= due:
+        if plan.chunks:
+            took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
+        else:
+            took = latency.decode_ns(batch, context + batch * done, count)
+        if host or latency.stages > 1:
+            hidden = len(self._core.in_flight) > 1
+            for place, each in enumerate(took):
+                if hidden if done + place else ahead:
+                    took[place] = max(each, host)
+                else:
+                    took[place] = each + host + latency.fill_ns(plan.shape_after(done + place))
+        for each in took:
+            end += each
+            ends.append(end)
+        self._end_for_report()
+
+    def _end_for_report(self) -> None:
+        """Let the segment end with the step in which a load report is due."""
+        ends, due = self._ends, self.shell.next_report
+        if ends[-1] >= due:
             del ends[bisect_left(ends, due) + 1 :]
+            self._untimed = 0
 
     def _wait_for(self, time: int) -> None:
         """Wake up ahead of everything else at that time: a step that ends as a message arrives has ended.
@@ -253,12 +263,19 @@ class SimExecutor:
         Steps that end at the same time do so in the order of the executors' numbers, not of when they were scheduled,
         which a segment does earlier than single steps.
         """
-        self._timer = Alarm(self._env, time - int(self._env.now), self._priority, self._on_timer)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._clock.alarm(time - self._clock.now, self._on_timer, self._priority)
 
-    def _on_timer(self, timer: simpy.Event) -> None:
-        if timer is not self._timer:
-            return  # the segment was cut, or the executor is dead
-        now, shell, ends = int(self._env.now), self.shell, self._ends
+    def _on_timer(self) -> None:
+        self._timer = None
+        now, shell, ends = self._clock.now, self.shell, self._ends
+        if self._untimed:
+            if self._varies:
+                self._latency.seek(self.steps + len(ends))
+            self._extend(self._core.in_flight[0], now, True)
+            self._wait_for(ends[-1])
+            return
         if self._core.in_flight:
             plan = self._core.in_flight[0]
             if self._record is not None:
@@ -326,8 +343,9 @@ class SimExecutor:
             while (stop := self._next_stop()) is not None and stop <= plan.clock:
                 stopped.append(heapq.heappop(self._stops)[1])
         answers = self._answers
-        for sequence, _, _, samples in plan.chunks:
-            if not samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if not chunk.samples or sequence.status is ENDED:  # of an aborted request the answer may be gone
                 continue
             if sequence.sampled + 1 >= answers[sequence.task.request.request_id].output_tokens:
                 stopped.append(sequence.task_id)

@@ -49,7 +49,7 @@ class Hardware(msgspec.Struct, frozen=True):
     times of a profile contain it.
 
     `efficiency_training`: share of `flops` that training steps reach in compute (model FLOPs utilisation); assumed
-    where the YAML does not say: published runs on GPUs and NPUs reach 0.38 to 0.52. `preprocess_tokens_per_s`: what
+    where the YAML does not say: published runs on GPUs and NPUs reach 0.38 to 0.54. `preprocess_tokens_per_s`: what
     one slot of a CPU worker tokenises; derived: 6.5 MB of English in 1.80 s with Llama 3's tokenizer on one Xeon core
     (Hugging Face tokenizers, pull request 1967), at 4.3 bytes per token.
     """

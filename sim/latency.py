@@ -105,18 +105,17 @@ class Fitted(Measured, LatencyModel):
             time += self._prefill + attention * self._pair + chunks * self._chunk
         if sequences:
             time += self._decode + sequences * self._sequence
-        return max(1, round(time))
+        return max(1, int(time + 0.5))
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
-        contexts = range(context, context + steps * sequences, sequences)
         self.asked += steps
         most = self._most
         if sequences > most[3]:
             self.outside += steps
-        elif contexts[-1] > most[4]:
-            self.outside += sum(each > most[4] for each in contexts)
+        elif context + (steps - 1) * sequences > most[4]:
+            self.outside += sum(context + step * sequences > most[4] for step in range(steps))
         rows, key, own = self._of_rows(sequences), self._key, self._decode + sequences * self._sequence
-        return [max(1, round(rows + each * key + own)) for each in contexts]
+        return [max(1, int(rows + (context + step * sequences) * key + own + 0.5)) for step in range(steps)]
 
     def _of_rows(self, rows: int) -> float:
         """ns of a step of so many rows, whatever they are."""
@@ -136,7 +135,7 @@ class Constant(LatencyModel):
         self._token = prefill_token_s * NS_PER_S
 
     def step_ns(self, shape: StepShape) -> int:
-        return max(1, round(self._step + self._token * (shape.prefill_tokens + shape.draft_tokens)))
+        return max(1, int(self._step + self._token * (shape.prefill_tokens + shape.draft_tokens) + 0.5))
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
-        return [max(1, round(self._step))] * steps
+        return [max(1, int(self._step + 0.5))] * steps

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import simpy
-
 from cluster.latency import LatencyModel, StepShape
 from cluster.request import Answer
 from cluster.vocabulary import ExecutorSpec
@@ -18,6 +16,7 @@ from flowserve.core.messages import Message
 from flowserve.core.plan import Verify
 from flowserve.core.record import PlanRecord, TurnRecord
 from flowserve.core.task_executor import TaskExecutor
+from sim.clock import Clock
 from sim.executor import SimExecutor
 
 
@@ -42,7 +41,7 @@ class Lockstep(LatencyModel):
         answers: dict[int, Answer],
         report_period_ns: int,
     ) -> None:
-        self._env = simpy.Environment()
+        self._clock = Clock()
         self._turns = [
             (number, turn, turns[number + 1].start_ns if number + 1 < len(turns) else turn.end_ns)
             for number, turn in enumerate(turns)
@@ -54,23 +53,23 @@ class Lockstep(LatencyModel):
         self._scheduled = 0
         shell = TaskExecutor(name, spec, config, (), report_period_ns)
         self.executor = SimExecutor(
-            self._env, shell, self, answers, self._compare, coalesce=False, accept=self._recorded_acceptance
+            self._clock, shell, self, answers, self._compare, coalesce=False, accept=self._recorded_acceptance
         )
         busy = False
         for _, turn, _ in self._turns:
             if turn.messages:
                 # In the middle of a step a message is taken at its end; an idle engine takes it at once.
                 at = turn.start_ns - 1 if busy else turn.start_ns
-                self._env.timeout(at).callbacks.append(partial(self._inject, turn.messages))
+                self._clock.alarm(at, partial(self._inject, turn.messages))
             busy = turn.done is not None
 
     def run(self) -> Difference | None:
         """Simulate the whole record; None if every turn came out the same."""
         while self.difference is None and self.compared < len(self._turns):
-            if self._env.peek() == float("inf"):
+            if self._clock.next_ns is None:
                 number, turn, _ = self._turns[self.compared]
                 return Difference(number, "the simulation has nothing to do", turn.plans, None)
-            self._env.step()
+            self._clock.step()
         return self.difference
 
     def step_ns(self, shape: StepShape) -> int:
@@ -78,14 +77,14 @@ class Lockstep(LatencyModel):
         if self.compared >= len(self._turns):
             return 1
         _, _, next_start = self._turns[self.compared]
-        return max(1, next_start - int(self._env.now))
+        return max(1, next_start - self._clock.now)
 
     def _recorded_acceptance(self, verify: Verify) -> int:
         """What the step that ends now yielded in the record."""
         _, turn, _ = self._turns[self.compared - 1]
         return turn.accepted[verify.sequence.task_id]
 
-    def _inject(self, messages: list[Message], _: simpy.Event) -> None:
+    def _inject(self, messages: list[Message]) -> None:
         self._injected = True
         self.executor.receive(*messages)
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from heapq import heapify, heappop, heapreplace
 
-import simpy
-
 from cluster.vocabulary import NS_PER_S, to_ns
-from sim.alarm import NORMAL, Alarm
+from sim.clock import Alarm, Clock
 
 _GRAIN = 720_720**2
 UNIT = 1024 * _GRAIN
@@ -121,20 +119,20 @@ class Flow:
         self.since = now
         self.finish = now + alone
         self.due: int | None = None
-        self.timer: simpy.Event | None = None
+        self.timer: Alarm | None = None
         self.on_end = on_end
         self.parties = parties
 
 
 class Network:
-    """All flows, in the time of a SimPy environment.
+    """All flows, in simulated time.
 
     A flow that has its links to itself, or shares them with room to spare, is one event. Where links are short, those
     flows alone are looked at that share one with a flow whose rate changes.
     """
 
-    def __init__(self, env: simpy.Environment) -> None:
-        self._env = env
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._of: dict[str, dict[Flow, None]] = {}
 
     def start(
@@ -150,7 +148,7 @@ class Network:
         `parties` is dropped before. `least_ns`: for how long it takes at least, because its source has the bytes no
         sooner, until `lift`.
         """
-        now = int(self._env.now)
+        now = self._clock.now
         flow = Flow(path, num_bytes, calls, now, on_end, parties, least_ns)
         for party in parties:
             self._of.setdefault(party, {})[flow] = None
@@ -175,7 +173,7 @@ class Network:
 
     def lift(self, flow: Flow) -> None:
         """The source of this flow has all of its bytes: it is as fast as its path lets it be from now on."""
-        now, more = int(self._env.now), flow.most - flow.top
+        now, more = self._clock.now, flow.most - flow.top
         if not flow.links or flow.finish <= now or not more:
             return
         for link, times in flow.links:
@@ -192,7 +190,8 @@ class Network:
     def drop(self, party: str) -> None:
         """Somebody is gone: what came from there or went there has failed, and its links are free."""
         for flow in self._of.pop(party, ()):
-            flow.timer = None
+            if flow.timer is not None:
+                flow.timer.cancel()
             for other in flow.parties:
                 if other != party:
                     del self._of[other][flow]
@@ -213,12 +212,12 @@ class Network:
 
     def _set(self, flow: Flow, due: int) -> None:
         flow.due = due
-        flow.timer = Alarm(self._env, due - int(self._env.now), NORMAL, partial(self._ring, flow))
+        if flow.timer is not None:
+            flow.timer.cancel()
+        flow.timer = self._clock.alarm(due - self._clock.now, partial(self._ring, flow))
 
-    def _ring(self, flow: Flow, timer: simpy.Event) -> None:
-        if timer is not flow.timer:
-            return
-        now = int(self._env.now)
+    def _ring(self, flow: Flow) -> None:
+        now = self._clock.now
         if now < flow.finish:  # others came, and it is later than when the timer was set
             self._set(flow, flow.finish)
             return
@@ -251,7 +250,7 @@ class Network:
             if not joined:
                 break
             flows.update(joined)
-        now = int(self._env.now)
+        now = self._clock.now
         for flow, rate in filled.rates.items():
             flow.full = filled.full.get(flow)
             if rate != flow.rate:

@@ -119,20 +119,22 @@ class Roofline(LatencyModel):
         prefill, _, _, sequences, context, drafts = shape
         if not prefill and not drafts:
             fixed, per_key, least = self._decode(sequences)
-            return max(1, round(self._overhead + max(fixed + context * per_key, least)))
+            return max(1, int(self._overhead + max(fixed + context * per_key, least) + 0.5))
         device = self._device(shape)
         if prefill and not self._spread and self.stages > 1:
             # The others wait for the micro-batch that has the prompts, or for their turns behind it.
             light = self._device(StepShape(0, 0, 0, sequences, context, drafts))
             device = max(device, (device + (self._micro_batches(shape) - 1) * light) / self.stages)
         least = self._launches if prefill or not self._graph else 0.0
-        return max(1, round(self._overhead + max(device, least)))
+        return max(1, int(self._overhead + max(device, least) + 0.5))
 
     def decode_ns(self, sequences: int, context: int, steps: int) -> list[int]:
         fixed, per_key, least = self._decode(sequences)
         overhead = self._overhead
-        contexts = range(context, context + steps * sequences, sequences)
-        return [max(1, round(overhead + max(fixed + each * per_key, least))) for each in contexts]
+        return [
+            max(1, int(overhead + max(fixed + (context + step * sequences) * per_key, least) + 0.5))
+            for step in range(steps)
+        ]
 
     def fill_ns(self, shape: StepShape) -> int:
         if self.stages == 1:

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import simpy
-
 from cluster.actions import LaunchExecutor
 from cluster.vocabulary import Stage, to_ns
-from sim.alarm import NORMAL, Alarm
+from sim.clock import Clock
 from sim.coldstart import Load
 from sim.network import Network
 from sim.node import Node, WorkNode
@@ -51,13 +49,13 @@ class Starter:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        clock: Clock,
         topology: Topology,
         network: Network,
         finished: Callable[[str, Stage, int, str], None],
         ready: Callable[[LaunchExecutor, Node | WorkNode], None],
     ) -> None:
-        self._env = env
+        self._clock = clock
         self._topology = topology
         self._network = network
         self._finished = finished
@@ -78,7 +76,7 @@ class Starter:
 
     def launch(self, action: LaunchExecutor, node: Node | WorkNode) -> None:
         """Start an executor; one that fits nowhere waits until it does."""
-        start = _Start(action, node, int(self._env.now))
+        start = _Start(action, node, self._clock.now)
         self._starts[action.executor] = start
         self._place(start)
 
@@ -137,7 +135,7 @@ class Starter:
         """A stage is over."""
         if self._gone(start):
             return
-        now = int(self._env.now)
+        now = self._clock.now
         stage, _ = start.node.stages[start.stage]
         source = start.source if stage is Stage.TE_LOAD else ""
         self._finished(start.action.executor, stage, now - start.since, source)
@@ -155,7 +153,7 @@ class Starter:
         return self._starts.get(start.action.executor) is not start
 
     def _after(self, delay: int, action: Callable[[], None]) -> None:
-        Alarm(self._env, delay, NORMAL, partial(_call, action))
+        self._clock.alarm(delay, action)
 
     # -- weights from the host ------------------------------------------------------------------------------------
 
@@ -247,7 +245,7 @@ class Starter:
             self._starts[target].source = f"{source}, {words[self._topology.joined_by(sender, target)]}"
         self._running[key][source] += 1
         chunk = min(1.0, load.chunk_bytes * key[1] / load.device_bytes)
-        broadcast = _Broadcast(int(self._env.now), hops, load, chunk)
+        broadcast = _Broadcast(self._clock.now, hops, load, chunk)
         done = partial(self._forked, key, broadcast)
         path = self._topology.broadcast(hops)
         self._network.start(path, load.device_bytes, round(1 / chunk), done, (source, *targets))
@@ -259,7 +257,7 @@ class Starter:
         source = broadcast.hops[0][0]
         if source in self._running.get(key, {}):
             self._running[key][source] -= 1
-        took = int(self._env.now) - broadcast.began
+        took = self._clock.now - broadcast.began
         depths = {source: 0}
         for sender, target in broadcast.hops:
             depths[target] = depths[sender] + 1
@@ -286,7 +284,3 @@ def _domain(kind: int, domain: int | None) -> tuple[int, int] | None:
 def _file(model: str, number: int, parts: int) -> str:
     """What a host reads of a model: all of it, or the shards of its NPUs."""
     return model if parts == 1 else f"{model} {number}/{parts}"
-
-
-def _call(action: Callable[[], None], _: simpy.Event) -> None:
-    action()

@@ -3,21 +3,19 @@
 from collections.abc import Callable
 from functools import partial
 
-import simpy
-
 from flowserve.core.messages import Message
 from flowserve.core.outbox import Outbox
 from flowserve.core.worker import Worker
-from sim.alarm import NORMAL, Alarm
+from sim.clock import Clock
 
 
 class SimWorker:
     """Runs one worker in simulated time. `deliver`: called with what it says."""
 
-    def __init__(self, env: simpy.Environment, worker: Worker, deliver: Callable[[Outbox], None]) -> None:
+    def __init__(self, clock: Clock, worker: Worker, deliver: Callable[[Outbox], None]) -> None:
         self.worker = worker
         self.dead = False
-        self._env = env
+        self._clock = clock
         self._deliver = deliver
         self._reporting: int | None = None
 
@@ -32,7 +30,7 @@ class SimWorker:
 
     @property
     def _now(self) -> int:
-        return int(self._env.now)
+        return self._clock.now
 
     def _go_on(self) -> None:
         for task_id, end in self.worker.start(self._now):
@@ -45,16 +43,16 @@ class SimWorker:
         if outbox:
             self._deliver(outbox)
 
-    def _finish(self, task_id: int, _: simpy.Event) -> None:
+    def _finish(self, task_id: int) -> None:
         if not self.dead:
             self.worker.finish(task_id, self._now)
             self._go_on()
 
-    def _report(self, _: simpy.Event) -> None:
+    def _report(self) -> None:
         self._reporting = None
         if not self.dead:
             self.worker.shell.report(self._now)
             self._go_on()
 
-    def _at(self, time: int, action: Callable[[simpy.Event], None]) -> None:
-        Alarm(self._env, time - self._now, NORMAL, action)
+    def _at(self, time: int, action: Callable[[], None]) -> None:
+        self._clock.alarm(time - self._now, action)

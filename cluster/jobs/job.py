@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
-from cluster.work import Call, Operation
+from cluster.work import Call, FineTuning, Operation
 
 
 class CallStep(NamedTuple):
@@ -34,3 +34,21 @@ class Job(ABC):
     def steps(self) -> int:
         """Training steps in the rounds handed out so far."""
         return 0
+
+
+class OneRound(Job):
+    """All that it does is one round."""
+
+    def __init__(self, work: FineTuning) -> None:
+        self._work = work
+        self._started = False
+
+    def next(self) -> list[CallStep | Operation]:
+        if self._started:
+            return []
+        self._started = True
+        return self.round()
+
+    @abstractmethod
+    def round(self) -> list[CallStep | Operation]:
+        """What it does, all side by side."""

@@ -114,7 +114,7 @@ def _match_and_insert() -> float:
         match = rtc.match_by_prefix_token(ids, len(ids))
         blocks = rtc.alloc_blocks(len(ids) - len(match.blocks))
         assert blocks is not None
-        node, _ = rtc.insert(match.node, len(match.blocks), ids, match.blocks + blocks)
+        node, _ = rtc.insert(match.node, len(match.blocks), len(ids), ids, match.blocks + blocks)
         rtc.unlock(node)
 
     serve(1)

@@ -2,8 +2,9 @@
 
 Lengths of the Azure 2023 conversation trace in file order, Poisson arrivals, an 8B model on engines with chunked
 prefill and prefix cache: w1 has one executor, w16 has 16 of them. Pure Python and the core compiled by mypyc, beside
-the mocker of NVIDIA Dynamo (Rust, which simulates a server of its own) on the same requests, all in turns. Dynamo is
-installed into an environment of its own in the user's cache folder; dynamo=no leaves it out.
+other simulators, each of a server of its own, on the same requests, all in turns. The mocker of NVIDIA Dynamo (Rust) is
+installed into an environment of its own in the user's cache folder; dynamo=no leaves it out. BLIS, DistServe's
+simulator, splitwise-sim and Vidur run from checkouts of the user's, as in vidur=CHECKOUT or vidur=CHECKOUT:PYTHON.
 """
 
 import subprocess
@@ -12,39 +13,52 @@ import sys
 import msgspec
 
 from experiments import compiled
-from experiments.bench.harness import dynamo
+from experiments.bench.harness import checkouts, dynamo
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
 from experiments.bench.harness.sim_case import CASES, TRACE, Measured
+from experiments.bench.harness.simulators import Peer, PeerError
 from traces.catalog import find
 
 SCALE = ("10 executors", "100 executors", "1024 executors")
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):
-    """`requests`: of w16; w1 has an eighth of them. `dynamo`: no, or its peer's part is measured too. `large`: requests
-    of the long run on 1,024 executors, whose time per request is held against that of 10,000.
+    """`requests`: of w16; w1 has an eighth of them. `dynamo`: no, or its peer's part is measured too. `blis` to
+    `vidur`: checkouts of further peers, CHECKOUT[:PYTHON]. `large`: requests of the long run on 1,024 executors, whose
+    time per request is held against that of 10,000.
     """
 
     requests: int = 16_000
     dynamo: bool = True
+    blis: str | None = None
+    distserve: str | None = None
+    splitwise: str | None = None
+    vidur: str | None = None
     large: int = 200_000
 
 
 def missing(options: Options) -> str | None:
-    """Why it cannot run here."""
+    """Why it cannot run here. Raises ValueError: a peer's checkout is none."""
+    _given(options)
     return None if find(TRACE) is not None else f"there is no trace {TRACE}: deepflow traces list says where it belongs"
 
 
 def run(options: Options) -> list[Row]:
-    peer, why = dynamo.python() if options.dynamo else (None, "dynamo=no")
+    peers = _given(options)
+    if options.dynamo:
+        peers.insert(0, dynamo.peer())
     compiled_too, why_not = _compile()
     rows: list[Row] = []
     for name in ("w1", "w16", "w16, 6 prefill and 10 decode executors", "w16, prefix-aware"):
-        rows += _compared(name, options, peer, why, compiled_too, why_not)
+        rows += compared(name, options, peers, compiled_too, why_not)
     if compiled_too:
         rows += _scaling(options)
     return rows
+
+
+def _given(options: Options) -> list[Peer]:
+    return [checkouts.peer(name, getattr(options, name)) for name in checkouts.SOURCES]
 
 
 def _compile() -> tuple[bool, str]:
@@ -55,13 +69,20 @@ def _compile() -> tuple[bool, str]:
     return True, ""
 
 
-def _compared(name: str, options: Options, peer: str | None, why: str, compiled_too: bool, why_not: str) -> list[Row]:
-    """One workload, pure, compiled and by the peer, in turns."""
+def compared(name: str, options: Options, peers: list[Peer], compiled_too: bool, why_not: str) -> list[Row]:
+    """One workload, pure, compiled and by the peers that can simulate it, in turns."""
     count = options.requests // 8 if name == "w1" else options.requests
-    pure, fast, theirs = list[Measured](), list[Measured](), list[float]()
+    taking = [peer for peer in peers if peer.takes(CASES[name])]
+    failed = {peer.name: peer.why for peer in taking if peer.rate is None}
+    theirs: dict[str, list[float]] = {peer.name: [] for peer in taking}
+    pure, fast = list[Measured](), list[Measured]()
     for _ in range(options.repeats):
-        if peer is not None:
-            theirs.append(dynamo.requests_per_s(peer, count, CASES[name]))
+        for peer in taking:
+            if peer.rate is not None and peer.name not in failed:
+                try:
+                    theirs[peer.name].append(peer.rate(count, CASES[name]))
+                except PeerError as error:
+                    failed[peer.name] = str(error)
         if compiled_too:
             fast.append(_measure(name, count, True))
         pure.append(_measure(name, count, False))
@@ -73,12 +94,16 @@ def _compared(name: str, options: Options, peer: str | None, why: str, compiled_
         rows.append(median_row(f"{name}: compiled", _rates(fast, count), "requests/s", f"{times:.0f} times real time"))
     else:
         rows.append(Row(name=f"{name}: compiled", value=None, unit="", detail=why_not))
-    if peer is None:
-        return [*rows, Row(name=f"{name}: Dynamo's mocker", value=None, unit="", detail=why)]
-    rows.append(median_row(f"{name}: Dynamo's mocker", theirs, "requests/s", dynamo.ABOUT))
-    if compiled_too:
-        rows.append(_ratio(f"{name}: compiled / Dynamo's mocker", _rates(fast, count), theirs, 1.0))
-    return [*rows, _ratio(f"{name}: pure Python / Dynamo's mocker", _rates(pure, count), theirs)]
+    for peer in taking:
+        if peer.name in failed:
+            rows.append(Row(name=f"{name}: {peer.name}", value=None, unit="", detail=failed[peer.name]))
+            continue
+        rates = theirs[peer.name]
+        rows.append(median_row(f"{name}: {peer.name}", rates, "requests/s", peer.about))
+        if compiled_too:
+            rows.append(_ratio(f"{name}: compiled / {peer.name}", _rates(fast, count), rates, 1.0))
+        rows.append(_ratio(f"{name}: pure Python / {peer.name}", _rates(pure, count), rates))
+    return rows
 
 
 def _ratio(name: str, ours: list[float], theirs: list[float], at_least: float | None = None) -> Row:

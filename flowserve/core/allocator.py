@@ -3,9 +3,13 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 AllocatorKind = Literal["segment", "stack"]
+NOWHERE: Final = -2
+"""No block: nothing is behind it."""
+FEWEST_LEFT = 64
+"""So many entries of segments that are gone may always be left in the order of lengths."""
 
 
 class BlockAllocator(ABC):
@@ -27,8 +31,8 @@ class BlockAllocator(ABC):
         """
 
     @abstractmethod
-    def take_one(self, after: int | None) -> int:
-        """What `take(1, after)` hands out, faster."""
+    def take_one(self, after: int) -> int:
+        """What `take(1, after)` hands out, faster; `after`: `NOWHERE` where it continues nothing."""
 
     @abstractmethod
     def give_back(self, blocks: list[int]) -> None:
@@ -62,7 +66,7 @@ class StackAllocator(BlockAllocator):
         taken.reverse()
         return taken
 
-    def take_one(self, after: int | None) -> int:
+    def take_one(self, after: int) -> int:
         self.free -= 1
         return self._free.pop()
 
@@ -82,43 +86,39 @@ class SegmentAllocator(BlockAllocator):
     smallest segment that holds it all, else the largest ones. What is returned merges with its neighbours.
 
     Single blocks come from the smallest segment until it is used up, so that one is kept apart, as [next, limit), and
-    costs an addition per block; whatever else is asked puts it back first.
+    costs an addition per block; it is counted among the others again before a request for many.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
-        # The maximal free segments [start, end), three times: by start, by end, and in order of (length, start).
+        # The maximal free segments [start, end), by start and by end.
         self._ends = {0: total}
         self._starts = {total: 0}
-        self._by_length = [total * total]  # length * total + start
+        # length * total + start of each, in order. Of a segment that has grown or gone an entry may be left.
+        self._by_length = [total * total]
         self._next = 0
         self._limit = 0
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
         if count == 1:
-            return [self.take_one(after)]
+            return [self.take_one(NOWHERE if after is None else after)]
         self._put_back()
         blocks: list[int] = []
         if after is not None and (end := self._ends.get(after + 1)) is not None:
             room = end - after - 1
-            if room >= count or count * self.total > self._by_length[-1]:
+            if room >= count or count > self._longest():
                 blocks = self._cut(after + 1, min(room, count))
         while (left := count - len(blocks)) > 0:
-            longest = self._by_length[-1] // self.total
-            piece = left if longest >= left else _aligned(longest, runs, len(blocks))
-            best = bisect_left(self._by_length, piece * self.total)
-            blocks += self._cut(self._by_length[best] % self.total, piece)
+            piece = left if self._longest() >= left else _aligned(self._longest(), runs, len(blocks))
+            cut = self._cut(self._pop(bisect_left(self._by_length, piece * self.total)), piece)
+            blocks = blocks + cut if blocks else cut
         return blocks
 
     def give_back(self, blocks: list[int]) -> None:
-        if not blocks:
-            return
-        self._put_back()
         self.free += len(blocks)
-        blocks = sorted(blocks)
-        at, end = 0, len(blocks)
+        blocks, found, at, end = sorted(blocks), list[int](), 0, len(blocks)
         while at < end:
             # Sorted numbers without a gap: as far from each other as their places are.
             start, reach = blocks[at], 1
@@ -131,65 +131,84 @@ class SegmentAllocator(BlockAllocator):
                     low = middle
                 else:
                     high = middle
-            self._merge(start, blocks[low] + 1)
+            found.append(self._merge(start, blocks[low] + 1))
             at = low + 1
+        if len(found) == 1:
+            insort(self._by_length, found[0])
+        elif found:
+            if len(self._by_length) > FEWEST_LEFT + 2 * len(self._ends):
+                found = [(end - start) * self.total + start for start, end in self._ends.items()]
+                self._by_length.clear()
+            self._by_length += found
+            self._by_length.sort()
 
     def free_blocks(self) -> Iterable[int]:
         self._put_back()
         return [block for start, end in self._ends.items() for block in range(start, end)]
 
-    def take_one(self, after: int | None) -> int:
-        """The block behind `after`, else the first one of the smallest free segment, which stays the smallest."""
-        if after is not None and after + 1 in self._ends:
-            self._put_back()
-            self._cut(after + 1, 1)
-            return after + 1
+    def take_one(self, after: int) -> int:
+        """The block behind `after`, else one of the smallest free segment, to its end."""
+        self.free -= 1
+        if after + 1 in self._ends:
+            block = after + 1
+            self._set(block + 1, self._ends.pop(block))
+            return block
         block = self._next
         if block == self._limit:
-            block = self._by_length.pop(0) % self.total
+            block = self._pop(0)
             self._limit = self._ends.pop(block)
             del self._starts[self._limit]
         self._next = block + 1
-        self.free -= 1
         return block
 
     def _put_back(self) -> None:
         """Count the segment that is kept apart among the others again."""
-        start, end = self._next, self._limit
+        if self._next < self._limit:
+            insort(self._by_length, self._merge(self._next, self._limit))
+            self._next = self._limit = 0
+
+    def _longest(self) -> int:
+        """Length of the largest free segment."""
+        while True:
+            entry = self._by_length[-1]
+            start, length = entry % self.total, entry // self.total
+            if self._ends.get(start) == start + length:
+                return length
+            self._by_length.pop()
+
+    def _pop(self, place: int) -> int:
+        """Start of the first free segment from this place on in the order of lengths, which it leaves."""
+        while True:
+            entry = self._by_length.pop(place)
+            start = entry % self.total
+            if self._ends.get(start) == start + entry // self.total:
+                return start
+
+    def _cut(self, start: int, count: int) -> list[int]:
+        """Take the first `count` blocks of the free segment at `start`."""
+        self.free -= count
+        self._set(start + count, self._ends.pop(start))
+        return list(range(start, start + count))
+
+    def _set(self, start: int, end: int) -> None:
+        """[start, end) is what is left of a free segment."""
         if start < end:
             self._ends[start] = end
             self._starts[end] = start
             insort(self._by_length, (end - start) * self.total + start)
-            self._next = self._limit = 0
-
-    def _cut(self, start: int, count: int) -> list[int]:
-        """Take the first `count` blocks of the free segment at `start`."""
-        end, rest = self._ends.pop(start), start + count
-        by_length, total = self._by_length, self.total
-        del by_length[bisect_left(by_length, (end - start) * total + start)]
-        if rest < end:
-            self._ends[rest] = end
-            self._starts[end] = rest
-            insort(by_length, (end - rest) * total + rest)
         else:
             del self._starts[end]
-        self.free -= count
-        return list(range(start, rest))
 
-    def _merge(self, start: int, end: int) -> None:
-        """Make [start, end) free, as one segment with what is free on both sides of it."""
-        by_length, total = self._by_length, self.total
-        before = self._starts.pop(start, None)
-        if before is not None:
-            del by_length[bisect_left(by_length, (start - before) * total + before)]
-            start = before
-        behind = self._ends.pop(end, None)
-        if behind is not None:
-            del by_length[bisect_left(by_length, (behind - end) * total + end)]
-            end = behind
-        self._ends[start] = end
-        self._starts[end] = start
-        insort(by_length, (end - start) * total + start)
+    def _merge(self, start: int, end: int) -> int:
+        """Make [start, end) free, as one segment with what is free on both sides of it. Returns its entry."""
+        starts, ends = self._starts, self._ends
+        if start in starts:
+            start = starts.pop(start)
+        if end in ends:
+            end = ends.pop(end)
+        ends[start] = end
+        starts[end] = start
+        return (end - start) * self.total + start
 
 
 def _aligned(room: int, runs: Sequence[int], at: int) -> int:

@@ -5,7 +5,7 @@ role nor load reports: those are the TE-shell's, and an engine runs without one.
 """
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from cluster.events import Event, FirstToken, PrefillStarted, TaskAborted, TaskFailed, TaskFinished
@@ -163,7 +163,8 @@ class Master:
         """
         self._now = now
         if plan.decodes:
-            self._note_ends((now,))
+            self._step_ends.append(now)
+            self._drop_ends()
         self._tokens_out += len(plan.decodes)
         result = self.core.complete(plan, stopped, accepted)
         for sequence in result.first_tokens:
@@ -211,7 +212,8 @@ class Master:
     def advance(self, ends: list[int]) -> None:
         """Steps after which the same went on, see `EngineCore.advance`, ended at these times."""
         if decodes := self.core.in_flight[0].decodes:
-            self._note_ends(ends)
+            self._step_ends.fromlist(ends)
+            self._drop_ends()
             self._tokens_out += len(ends) * len(decodes)
         self.core.advance(len(ends))
 
@@ -404,17 +406,18 @@ class Master:
 
     def _offer_computed(self, plan: Plan) -> None:
         """What has come with a plan of prefills that others follow; with the last chunk of one, `_offer_rest`."""
-        for sequence, start, tokens, samples in plan.chunks:
-            if not samples and sequence.task_id in self.core.followed:
-                self._offer_up_to(sequence, start + tokens)
+        for chunk in plan.chunks:
+            if not chunk.samples and chunk.sequence.task_id in self.core.followed:
+                self._offer_up_to(chunk.sequence, chunk.start + chunk.tokens)
 
     def _offer_computing(self) -> None:
         """Last chunks that the device has begun, where each layer is sent when it is there."""
         if self.core.config.kv_transfer != "by_layer" or not self.core.in_flight:
             return
         plan = self.core.in_flight[0]
-        for sequence, _, _, samples in plan.chunks:
-            if samples and sequence.task_id in self.core.followed:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if chunk.samples and sequence.task_id in self.core.followed:
                 lease = self._leases[sequence.task_id]
                 rest = sequence.blocks[lease.offered :]
                 if rest:
@@ -507,13 +510,14 @@ class Master:
                 fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
                 self._go_on(task_id, now)
 
-    def _note_ends(self, ends: Sequence[int]) -> None:
-        self._step_ends.extend(ends)
-        if len(self._step_ends) > self._most_ends:  # times that no sequence will ask for any more
-            first = self.core.earliest_clock()
-            del self._step_ends[: first - self._first_clock]
-            self._first_clock = first
-            self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
+    def _drop_ends(self) -> None:
+        """Forget times that no sequence will ask for any more, where there are many."""
+        if len(self._step_ends) <= self._most_ends:
+            return
+        first = self.core.earliest_clock()
+        del self._step_ends[: first - self._first_clock]
+        self._first_clock = first
+        self._most_ends = max(FEWEST_ENDS, 2 * len(self._step_ends))
 
     def _forget_times(self) -> None:
         """With nothing under way, nobody asks for the times of earlier steps any more."""

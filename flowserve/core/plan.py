@@ -1,18 +1,23 @@
 """What one engine step computes."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.latency import StepShape
 from flowserve.core.sequence import Sequence
 
+_new_tuple: Final = tuple.__new__
 
-class Chunk(NamedTuple):
+
+class Chunk:
     """`tokens` prompt tokens of a sequence from position `start`. `samples`: the last one yields a token."""
 
-    sequence: Sequence
-    start: int
-    tokens: int
-    samples: bool
+    __slots__ = ("samples", "sequence", "start", "tokens")
+
+    def __init__(self, sequence: Sequence, start: int, tokens: int, samples: bool) -> None:
+        self.sequence = sequence
+        self.start = start
+        self.tokens = tokens
+        self.samples = samples
 
 
 class Verify(NamedTuple):
@@ -68,9 +73,10 @@ class Plan:
         if self.decodes:
             self.clock += steps
         if self.chunks:
-            sequence, start, tokens, samples = self.chunks[0]
-            self.chunks = [Chunk(sequence, start + steps * tokens, tokens, samples)]
-            sequence.computed += steps * tokens
+            chunk = self.chunks[0]
+            more = steps * chunk.tokens
+            self.chunks = [Chunk(chunk.sequence, chunk.start + more, chunk.tokens, chunk.samples)]
+            chunk.sequence.computed += more
 
     def narrow(self, drafts: list[int]) -> None:
         """What a runner has found to guess, by verification, where that is less than there is room for."""
@@ -89,9 +95,7 @@ class Plan:
         steps += self._steps
         more = steps * tokens * tokens if tokens else 0
         # Like StepShape(...), without the detour through its own __new__: this is asked in every step.
-        return tuple.__new__(
-            StepShape, (tokens, attention + more, chunks, sequences, context + steps * sequences, draft)
-        )
+        return _new_tuple(StepShape, (tokens, attention + more, chunks, sequences, context + steps * sequences, draft))
 
     @property
     def sampling(self) -> list[Sequence]:
@@ -111,18 +115,24 @@ class Fetch(NamedTuple):
     tokens: int
 
 
-class Finished(NamedTuple):
-    """A sequence that is done here. `held`: its KV cache waits to be fetched."""
-
-    sequence: Sequence
-    held: bool
-
-
-class StepResult(NamedTuple):
+class StepResult:
     """What `complete` found: sequences that got the first token of their task here, or a token behind a preemption;
-    those that speculate, with how many tokens they got; and those that are done.
+    those that speculate, with how many tokens they got; and those that are done, with whether their KV cache waits here
+    to be fetched.
     """
 
-    first_tokens: list[Sequence]
-    verified: list[tuple[Sequence, int]]
-    finished: list[Finished]
+    __slots__ = ("finished", "first_tokens", "verified")
+
+    def __init__(
+        self,
+        first_tokens: list[Sequence],
+        verified: list[tuple[Sequence, int]],
+        finished: list[tuple[Sequence, bool]],
+    ) -> None:
+        self.first_tokens = first_tokens
+        self.verified = verified
+        self.finished = finished
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.first_tokens or self.verified or self.finished)

@@ -13,17 +13,17 @@ Nothing is copied here: what shall move is written to `moves` for a data plane, 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cluster.identity import BlockIds
-from flowserve.core.allocator import AllocatorKind
+from flowserve.core.allocator import NOWHERE, AllocatorKind
 from flowserve.core.tiers import Move, Pool, State, Tier, TierConfig, Transit
 
-HBM = Tier.HBM
+HBM: Final = Tier.HBM
 
 
 class Node:
-    """A run of cached blocks below its parent, all in one tier.
+    """A run of cached blocks below its parent, all in one tier, whose identities are those of `ids` from `start` on.
 
     `locks` counts the sequences, and `pins` the IDs, that use it or anything below it. `hits`: how often a sequence
     found it cached. `peers`: children in the same tier. `away`: with a `transit`, the blocks at its other end.
@@ -40,12 +40,14 @@ class Node:
         "parent",
         "peers",
         "pins",
+        "start",
         "tier",
         "transit",
     )
 
-    def __init__(self, ids: BlockIds, blocks: list[int], parent: "Node | None") -> None:
+    def __init__(self, ids: BlockIds, start: int, blocks: list[int], parent: "Node | None") -> None:
         self.ids = ids
+        self.start = start
         self.blocks = blocks
         self.parent = parent
         self.children: dict[int, Node] = {}
@@ -57,6 +59,11 @@ class Node:
         self.peers = 0
         self.last_use = 0
         self.hits = 0
+
+    @property
+    def first(self) -> int:
+        """Identity of the first block, by which its parent knows it."""
+        return self.ids[self.start]
 
     @property
     def state(self) -> State:
@@ -128,7 +135,7 @@ class Rtc:
             if size or tier is HBM
         }
         self.allocator = self.pools[HBM].allocator
-        self.root = Node((), [], None)
+        self.root = Node((), 0, [], None)
         self.evictable_blocks = 0
         self.evicted_blocks = 0
         self.swapped_out_blocks = 0
@@ -145,6 +152,7 @@ class Rtc:
         self._transits: dict[int, Transit] = {}
         self._tickets = 0
         self._uses = 0
+        self._queued = 0
 
     @property
     def total_blocks(self) -> int:
@@ -167,8 +175,8 @@ class Rtc:
         node, blocks, at = self.root, [], 0
         child: Node | None = None
         while at < limit and (child := node.children.get(ids[at])) is not None and child.tier is HBM:
-            run = self._common(child.ids, ids, at, limit)
-            if run < len(child.ids):
+            run = self._common(child, ids, at, limit)
+            if run < len(child.blocks):
                 child = self._split(child, run)
             blocks += child.blocks
             child.hits += 1
@@ -186,8 +194,8 @@ class Rtc:
     def _match_lower(self, node: Node, ids: BlockIds, at: int, limit: int) -> tuple[Node, ...]:
         found: list[Node] = []
         while at < limit and (child := node.children.get(ids[at])) is not None and child.transit is None:
-            run = self._common(child.ids, ids, at, limit)
-            if run < len(child.ids):
+            run = self._common(child, ids, at, limit)
+            if run < len(child.blocks):
                 child = self._split(child, run)
             found.append(child)
             node, at = child, at + run
@@ -257,7 +265,7 @@ class Rtc:
             if not self.evictable_blocks:
                 return False
             self._evict(min(max(1, self._evict_at_least), self.evictable_blocks))
-        blocks.append(self.allocator.take_one(blocks[-1] if blocks else None))
+        blocks.append(self.allocator.take_one(blocks[-1] if blocks else NOWHERE))
         return True
 
     def free(self, blocks: list[int]) -> None:
@@ -265,27 +273,28 @@ class Rtc:
         self.changes += 1
         self.allocator.give_back(blocks)
 
-    def insert(self, node: Node, at: int, ids: BlockIds, blocks: Sequence[int]) -> tuple[Node, list[int]]:
-        """Cache `blocks[at:len(ids)]` below `node`, which the caller has locked and which covers `at` blocks.
+    def insert(self, node: Node, at: int, end: int, ids: BlockIds, blocks: list[int]) -> tuple[Node, list[int]]:
+        """Cache `blocks[at:end]`, whose content is `ids[at:end]`, below `node`, which the caller has locked and which
+        covers `at` blocks.
 
         Moves the caller's lock to the new end node. Returns it with the caller's blocks that stay private because
         the same content is cached already. Where it is cached in a lower tier, or on the way, the caller's blocks
         replace that copy.
         """
-        end, start = len(ids), node
+        start = node
         duplicates: list[int] = []
         while at < end and (child := node.children.get(ids[at])) is not None:
-            run = self._common(child.ids, ids, at, end)
-            if run < len(child.ids):
+            run = self._common(child, ids, at, end)
+            if run < len(child.blocks):
                 child = self._split(child, run)
             if child.tier is HBM:
                 duplicates += blocks[at : at + run]
                 child.hits += 1
             else:
-                self._replace(child, list(blocks[at : at + run]))
+                self._replace(child, blocks[at : at + run])
             node, at = child, at + run
         if at < end:
-            leaf = Node(ids[at:end], list(blocks[at:end]), node)
+            leaf = Node(ids, at, blocks[at:end], node)
             node.children[ids[at]] = leaf
             node.peers += 1
             self._hbm.cached += end - at
@@ -546,15 +555,16 @@ class Rtc:
 
     # -- the tree -------------------------------------------------------------------------------------------------
 
-    def _common(self, run: BlockIds, ids: BlockIds, at: int, limit: int) -> int:
-        """How many leading ids of `run` equal `ids[at:limit]`; the first is known to. Chained ids allow bisection."""
-        longest = min(len(run), limit - at)
-        if run[longest - 1] == ids[at + longest - 1]:
+    def _common(self, node: Node, ids: BlockIds, at: int, limit: int) -> int:
+        """How many leading ids of a node equal `ids[at:limit]`; the first is known to. Chained ids allow bisection."""
+        run, start = node.ids, node.start
+        longest = min(len(node.blocks), limit - at)
+        if run[start + longest - 1] == ids[at + longest - 1]:
             return longest
         low, high = 1, longest - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if run[middle - 1] == ids[at + middle - 1]:
+            if run[start + middle - 1] == ids[at + middle - 1]:
                 low = middle
             else:
                 high = middle - 1
@@ -563,15 +573,16 @@ class Rtc:
     def _split(self, node: Node, run: int) -> Node:
         """Cut a node after its first `run` blocks; returns the new upper part."""
         assert node.parent is not None
-        upper = Node(node.ids[:run], node.blocks[:run], node.parent)
+        # Copied, because it may outlive by far what it was a beginning of.
+        upper = Node(node.ids[node.start : node.start + run], 0, node.blocks[:run], node.parent)
         upper.locks, upper.pins, upper.tier, upper.peers = node.locks, node.pins, node.tier, 1
         upper.last_use, upper.hits = node.last_use, node.hits
-        node.parent.children[node.ids[0]] = upper
+        node.parent.children[node.first] = upper
         if node.transit is not None:
             upper.transit, upper.away, node.away = node.transit, node.away[:run], node.away[run:]
             node.transit.nodes.insert(node.transit.nodes.index(node), upper)
-        node.ids, node.blocks, node.parent = node.ids[run:], node.blocks[run:], upper
-        upper.children[node.ids[0]] = node
+        node.start, node.blocks, node.parent = node.start + run, node.blocks[run:], upper
+        upper.children[node.first] = node
         return upper
 
     def _enqueue(self, node: Node) -> None:
@@ -580,7 +591,8 @@ class Rtc:
             return
         pool = self.pools[node.tier]
         queue = pool.pinned if node.pins else pool.leaves
-        heapq.heappush(queue, (self._key(node), node.last_use, id(node), node))
+        self._queued += 1  # ties: who was queued first
+        heapq.heappush(queue, (self._key(node), node.last_use, self._queued, node))
         if len(queue) > 2 * pool.allocator.total:  # there are at most as many leaves as blocks
             queue[:] = [entry for entry in queue if not _is_stale(entry, pool.tier, node.pins > 0)]
             heapq.heapify(queue)
@@ -608,7 +620,7 @@ class Rtc:
                 given += blocks
                 parent = node.parent
                 assert parent is not None
-                del parent.children[node.ids[0]]
+                del parent.children[node.first]
                 parent.peers -= 1
                 node.parent = None
                 if not parent.peers:
@@ -618,7 +630,7 @@ class Rtc:
             for child in list(node.children.values()):
                 self._drop(child)
             given += blocks[keep:]
-            node.ids, node.blocks = node.ids[:keep], blocks[:keep]
+            node.blocks = blocks[:keep]
             heapq.heappush(queue, entry)
         self.allocator.give_back(given)
 
@@ -631,7 +643,7 @@ class Rtc:
                 if _is_below(node, top):
                     self._unpin(node, upto=parent)
                     self._contexts[context_id] = _Context(ids, parent)
-        del parent.children[top.ids[0]]
+        del parent.children[top.first]
         if parent.tier is top.tier:
             parent.peers -= 1
         stack = [top]
@@ -677,9 +689,9 @@ class Rtc:
             assert node.locks >= sum(child.locks for child in node.children.values())
             assert node.pins >= sum(child.pins for child in node.children.values())
             assert node.peers == sum(child.tier is node.tier for child in node.children.values())
-            assert node.parent.children[node.ids[0]] is node
+            assert node.parent.children[node.first] is node
             assert node.parent.tier <= node.tier
-            assert len(node.ids) == len(node.blocks)
+            assert len(node.ids) >= node.start + len(node.blocks)
             assert len(node.away) == (0 if node.transit is None else len(node.blocks))
             assert node.transit is None or (node in node.transit.nodes and node.transit.near < node.tier)
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from cluster.engine_policy import ChunkPolicy, EvictionPolicy, PolicySpec, QueueOrder, VictimPolicy
 from cluster.identity import BlockIds
@@ -19,7 +19,7 @@ from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost, fetch_rule
-from flowserve.core.plan import Chunk, Fetch, Finished, Plan, StepResult, Verify
+from flowserve.core.plan import Chunk, Fetch, Plan, StepResult, Verify
 from flowserve.core.rtc import Match, Rtc
 from flowserve.core.sequence import (
     DECODE,
@@ -39,6 +39,7 @@ from flowserve.core.tiers import Tier, Transit
 from flowserve.core.transfer import run_lengths, runs_from
 
 T = TypeVar("T")
+_new_tuple: Final = tuple.__new__
 NONE: Mapping[int, int] = MappingProxyType({})
 """What is accepted where nothing speculates."""
 
@@ -231,8 +232,9 @@ class EngineCore:
         if plan.decodes:
             self.clock.done = plan.clock
         first_tokens: list[Sequence] = []
-        for sequence, _, _, samples in plan.chunks:
-            if samples and sequence.status is not ENDED:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if chunk.samples and sequence.status is not ENDED:
                 sequence.sampled += 1
                 sequence.pending = False
                 self._cache(sequence, sequence.target)
@@ -240,7 +242,7 @@ class EngineCore:
                     self._keep(sequence)
                 first_tokens.append(sequence)
         verified: list[tuple[Sequence, int]] = []
-        finished: list[Finished] = []
+        finished: list[tuple[Sequence, bool]] = []
         if plan.last or stopped or plan.verifies:
             ending = set(plan.last)
             for task_id in stopped:
@@ -252,10 +254,14 @@ class EngineCore:
             # In order of arrival, so that blocks are freed in one order whoever lists the stops.
             for sequence in ending if len(ending) == 1 else sorted(ending, key=_arrival):
                 if sequence.status is not ENDED:
-                    finished.append(self._finish(sequence, True))
+                    self._leave_batch(sequence)
+                    self._end(sequence)
+                    finished.append((sequence, False))
         for sequence in first_tokens:
             if sequence.status is HELD:
-                finished.append(self._finish(sequence, False))
+                del self._running[sequence.task_id]
+                self.held[sequence.task_id] = sequence
+                finished.append((sequence, True))
         if self._ending:
             self._free_ended(plan.number)
         return StepResult(first_tokens, verified, finished)
@@ -292,14 +298,15 @@ class EngineCore:
 
     def _steady_chunks(self, plan: Plan) -> int:
         """How many plans behind this one only go on with its one prompt, and do not end it."""
-        sequence, _, tokens, samples = plan.chunks[0]
-        if samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
+        chunk = plan.chunks[0]
+        sequence = chunk.sequence
+        if chunk.samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
             return 0
         if sequence.task_id in self.followed:  # each chunk is sent when it is there
             return 0
         if next(iter(self._prefilling.values())) is not sequence:
             return 0
-        return (sequence.target - sequence.computed - 1) // tokens
+        return (sequence.target - sequence.computed - 1) // chunk.tokens
 
     def advance(self, steps: int) -> None:
         """By definition `steps` times: complete the oldest plan in flight with no stop, and schedule the next one.
@@ -315,7 +322,7 @@ class EngineCore:
             plan.advance(steps)
 
     def _advance_decodes(self, steps: int, sequences: int) -> None:
-        phases, size, append_block = self._phases, self._size, self.rtc.append_block
+        phases, size, rtc = self._phases, self._size, self.rtc
         first = self.clock.issued
         for clock in range(first, first + steps):
             phase = phases[clock % size]
@@ -323,7 +330,7 @@ class EngineCore:
                 for sequence in phase.values():
                     blocks = sequence.blocks
                     if len(blocks) * size <= sequence.computed + clock - sequence.joined:
-                        append_block(blocks)
+                        rtc.append_block(blocks)
         self.clock.issued = first + steps
         self.clock.done += steps
         self._decode_context += steps * sequences
@@ -585,12 +592,12 @@ class EngineCore:
 
         False where that needs a preemption while plans are in flight.
         """
-        size, append_block = self._size, self.rtc.append_block
+        size, rtc = self._size, self.rtc
         for sequence in list(self._phases[self.clock.issued % size].values()):
             while (
                 sequence.status is DECODE
                 and len(sequence.blocks) * size <= sequence.position
-                and not append_block(sequence.blocks)
+                and not rtc.append_block(sequence.blocks)
             ):
                 if self.in_flight:
                     return False
@@ -693,15 +700,6 @@ class EngineCore:
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, sequence: Sequence, stopped: bool) -> Finished:
-        if not stopped:
-            del self._running[sequence.task_id]
-            self.held[sequence.task_id] = sequence
-            return Finished(sequence, held=True)
-        self._leave_batch(sequence)
-        self._end(sequence)
-        return Finished(sequence, held=False)
-
     def _end(self, sequence: Sequence, keep: bool = True) -> None:
         """Free the blocks: now, or with the last plan in flight, which may still use them."""
         sequence.status = ENDED
@@ -731,9 +729,7 @@ class EngineCore:
         full = min(valid_tokens // self._size, len(ids))
         if full > sequence.tree_blocks and (self.config.prefix_cache or sequence.task.request.context_id is not None):
             assert sequence.node is not None
-            sequence.node, duplicates = self.rtc.insert(
-                sequence.node, sequence.tree_blocks, ids[:full], sequence.blocks
-            )
+            sequence.node, duplicates = self.rtc.insert(sequence.node, sequence.tree_blocks, full, ids, sequence.blocks)
             sequence.tree_blocks = full
             sequence.duplicates += duplicates
 
@@ -776,7 +772,8 @@ def _arrival(sequence: Sequence) -> int:
 
 def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:
     tokens = attention = 0
-    for _, start, count, _ in chunks:
+    for chunk in chunks:
+        start, count = chunk.start, chunk.tokens
         tokens += count
         attention += start * count + count * (count + 1) // 2
-    return tuple.__new__(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))
+    return _new_tuple(StepShape, (tokens, attention, len(chunks), decodes, decode_context, draft))

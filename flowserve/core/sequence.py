@@ -1,6 +1,7 @@
 """A request inside one engine: what is known of it, what is computed, which blocks it holds."""
 
 from enum import Enum, auto
+from typing import Final
 
 from cluster.request import Task
 from flowserve.core.rtc import Node
@@ -38,8 +39,16 @@ class Status(Enum):
     ENDED = auto()
 
 
-WAITING, FETCHING, POPULATING, PREFILL, DECODE, LAST, SPECULATE, HELD, ENDED = Status
-"""The same as plain names: looking a member up in its class takes longer than what is done with it in every step."""
+# The same as plain names: looking a member up in its class takes longer than what is done with it in every step.
+WAITING: Final = Status.WAITING
+FETCHING: Final = Status.FETCHING
+POPULATING: Final = Status.POPULATING
+PREFILL: Final = Status.PREFILL
+DECODE: Final = Status.DECODE
+LAST: Final = Status.LAST
+SPECULATE: Final = Status.SPECULATE
+HELD: Final = Status.HELD
+ENDED: Final = Status.ENDED
 
 
 class Sequence:

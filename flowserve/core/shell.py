@@ -80,12 +80,14 @@ class TeShell:
     def receive(self, message: Message, now: int, ids: BlockIds = ()) -> None:
         """Take one message: what is the shell's own, what must be refused, and for the engine all the rest."""
         match message:
+            case Dispatch() if (refusal := self._refusal(message.task)) is not None:
+                self._refuse(message, *refusal, now)
+            case Dispatch() if self.engine is not None:
+                self.engine.receive(message, now, ids)
             case Drain():
                 self.draining = True
             case SwitchRole():
                 self._switch(message.role, now)
-            case Dispatch() if (refusal := self._refusal(message.task)) is not None:
-                self._refuse(message, *refusal, now)
             case _ if self.engine is not None:
                 self.engine.receive(message, now, ids)
             case KvRequested():  # whoever waits for KV cache must hear that there is none
@@ -154,7 +156,23 @@ class TeShell:
         self.next_report = now + self._report_period_ns
         load = NOTHING if self.engine is None else self.engine.load()
         for actor in self._report_to:
-            self._emit(LoadReport(to=actor, time=now, occurred=now, executor=self.name, **load._asdict()))
+            self._emit(
+                LoadReport(
+                    to=actor,
+                    time=now,
+                    occurred=now,
+                    executor=self.name,
+                    waiting=load.waiting,
+                    running=load.running,
+                    waiting_tokens=load.waiting_tokens,
+                    free_blocks=load.free_blocks,
+                    cached_blocks=load.cached_blocks,
+                    total_blocks=load.total_blocks,
+                    generated_tokens=load.generated_tokens,
+                    preemptions=load.preemptions,
+                    busy_ns=load.busy_ns,
+                )
+            )
         progress = {} if self.engine is None else self.engine.progress()
         for actor, pairs in progress.items():
             self._emit(TaskProgress(to=actor, time=now, occurred=now, executor=self.name, generated=tuple(pairs)))

@@ -12,6 +12,9 @@ from policies.dispatch.prompt_tree import PromptTree
 from policies.prediction.bucket_mean import BucketMean
 
 
+_SERVED_BY = {kind: role for role, kind in SERVES.items()}
+
+
 class DeepFlow(DispatchPolicy):
     """`dist_sched(req, tes)` of the paper, with what it leaves open decided so:
 
@@ -82,7 +85,7 @@ class DeepFlow(DispatchPolicy):
     # -- what it learns -------------------------------------------------------------------------------------------
 
     def dispatched(self, task: Task, executor: str) -> None:
-        self._role_of[executor] = next(role for role, kind in SERVES.items() if kind is task.kind)
+        self._role_of[executor] = _SERVED_BY[task.kind]
 
     def first_token(self, request: Request, event: FirstToken) -> None:
         self._learn(request, event.executor)

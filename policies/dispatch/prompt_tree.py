@@ -60,9 +60,9 @@ class PromptTree:
         return depth, found
 
     def _mask(self, executors: list[str]) -> int:
-        """The bits of these executors, which are mostly those of the last time."""
-        if executors != self._asked:
-            self._asked = list(executors)
+        """The bits of these executors, which are mostly those of the last time: then it is the same list."""
+        if executors is not self._asked:
+            self._asked = executors
             self._places = {executor: place for place, executor in enumerate(executors)}
             self._asked_mask = sum(self._bits.get(executor, 0) for executor in executors)
         return self._asked_mask

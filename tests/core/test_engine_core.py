@@ -114,9 +114,9 @@ def test_the_client_limit_ends_a_sequence_exactly() -> None:
             add(core, 0, 10, limit)
             finished = [step(core).finished for _ in range(limit)]
             assert finished[:-1] == [[]] * (limit - 1)
-            assert [(item.sequence.generated, item.held) for item in finished[-1]] == [(limit, False)]
+            assert [(sequence.generated, held) for sequence, held in finished[-1]] == [(limit, False)]
             while core.in_flight:
-                assert core.complete(core.in_flight[0], ()) == ([], [], [])
+                assert not core.complete(core.in_flight[0], ())
             assert core.idle
             assert core.rtc.available == 20
 
@@ -128,12 +128,12 @@ def test_a_stop_learned_late_drops_the_extra_token() -> None:
     step(core)
     assert [plan.number for plan in core.in_flight] == [2]
     result = step(core, 0)  # the second token is the last; plan 3 computes position 16, in a block of its own
-    assert [(item.sequence.generated, item.held) for item in result.finished] == [(2, False)]
+    assert [(sequence.generated, held) for sequence, held in result.finished] == [(2, False)]
     assert len(core.in_flight) == 1
     assert core.rtc.allocator.free == 18
     core.check_integrity()
     extra = core.in_flight[0]
-    assert core.complete(extra, ()) == ([], [], [])
+    assert not core.complete(extra, ())
     assert core.idle
     assert core.rtc.allocator.free + core.rtc.cached_blocks == 20
     assert core.rtc.cached_blocks == 1  # 15 prompt tokens and the first generated one; no more is valid
@@ -218,7 +218,7 @@ def test_a_prefill_task_holds_its_cache_until_released() -> None:
     """After its one token a prefill task leaves the batch, and its blocks stay until somebody has fetched them."""
     core = engine(sequences=1)
     add(core, 0, 40, kind=TaskKind.PREFILL)
-    assert [item.held for item in step(core).finished] == [True]
+    assert [held for _, held in step(core).finished] == [True]
     assert core.num_running == 0
     assert list(core.held) == [0]
     add(core, 1, 40, kind=TaskKind.PREFILL)
@@ -236,7 +236,7 @@ def test_a_prefill_task_that_is_complete_holds_nothing() -> None:
     core = engine()
     add(core, 0, 40, limit=1, kind=TaskKind.PREFILL)
     add(core, 1, 10, limit=9, kind=TaskKind.PREFILL)
-    assert [item.held for item in step(core, 1).finished] == [False, False]
+    assert [held for _, held in step(core, 1).finished] == [False, False]
     assert core.idle
 
 
@@ -292,7 +292,7 @@ def test_an_abort_waits_for_the_plans_in_flight() -> None:
     assert plan is not None
     assert core.abort(0) is not None
     assert core.rtc.allocator.free == 17
-    assert core.complete(plan, (0,)) == ([], [], [])
+    assert not core.complete(plan, (0,))
     assert core.idle
     assert core.rtc.available == 20
 
@@ -314,7 +314,7 @@ def test_the_reserve_falls_when_the_last_other_sequence_is_held() -> None:
     core = EngineCore(EngineConfig(10, 16, 64, 4, watermark=0.5, prefix_cache=False))
     add(core, 0, 10, kind=TaskKind.PREFILL)
     add(core, 1, 80, kind=TaskKind.PREFILL)
-    assert [item.held for item in step(core).finished] == [True]
+    assert [held for _, held in step(core).finished] == [True]
     assert chunks(core.schedule()) == [(1, 0, 64, False)]
 
 
@@ -367,7 +367,7 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
     twin = copy.deepcopy(core)
     core.advance(steps)
     for _ in range(steps):
-        assert twin.complete(twin.in_flight[0], ()) == ([], [], [])
+        assert not twin.complete(twin.in_flight[0], ())
         assert twin.schedule() is not None
     for task_id in range(3):
         assert get(core, task_id).blocks == get(twin, task_id).blocks
@@ -428,8 +428,8 @@ def test_guesses_end_where_the_client_does() -> None:
     plan = core.schedule()
     assert plan is not None
     assert plan.verifies[0].draft == 0
-    [finished] = core.complete(plan, (), {0: 1}).finished
-    assert (finished.sequence.generated, finished.held, core.idle) == (4, False, True)
+    [(sequence, held)] = core.complete(plan, (), {0: 1}).finished
+    assert (sequence.generated, held, core.idle) == (4, False, True)
 
 
 def test_a_stop_among_the_guesses_ends_a_sequence() -> None:
@@ -440,7 +440,7 @@ def test_a_stop_among_the_guesses_ends_a_sequence() -> None:
     core.add(task, identity.of_context(1, 40, chain(7, 8, 9)))
     step(core)
     result = verify_step(core, 1, t0=1, t1=2)
-    assert [(item.sequence.task_id, item.sequence.generated) for item in result.finished] == [(1, 3)]
+    assert [(sequence.task_id, sequence.generated) for sequence, _ in result.finished] == [(1, 3)]
     assert core.rtc.cached_blocks == 1  # 16 positions: 14 of the prompt and two of the three tokens
     core.check_integrity()
 

@@ -56,9 +56,12 @@ def state_of(core: EngineCore) -> Any:
     return {
         "sequences": [sequence_state(core.sequence(task_id)) for task_id in core._sequences],  # type: ignore[arg-type]
         "plans": [(p.number, p.clock, p.shape, [s.task_id for s in p.sampling], len(p.last)) for p in core.in_flight],
-        "chunks": [(c.sequence.task_id, *c[1:]) for p in core.in_flight for c in p.chunks],
+        "chunks": [(c.sequence.task_id, c.start, c.tokens, c.samples) for p in core.in_flight for c in p.chunks],
         "free": list(core.rtc.allocator.free_blocks()),
-        "cache": sorted((tuple(node.ids), tuple(node.blocks), node.locks) for node in core.rtc.nodes()),
+        "cache": sorted(
+            (tuple(node.ids[node.start :][: len(node.blocks)]), tuple(node.blocks), node.locks)
+            for node in core.rtc.nodes()
+        ),
         "counts": (core.num_waiting, core.num_running, core.waiting_tokens, core.preemptions, core.rtc.evicted_blocks),
         "clock": (core.clock.issued, core.clock.done),
         "held": list(core.held),
@@ -257,8 +260,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert sequence.position <= request.prompt_tokens + request.max_tokens - 1, "a token too many"
             context += sequence.position
             self.compute(plan, sequence, sequence.position - 1, 1)
-        for sequence, start, count, samples in plan.chunks:
-            assert samples == (start + count == sequence.target)
+        for chunk in plan.chunks:
+            sequence, start, count = chunk.sequence, chunk.start, chunk.tokens
+            assert chunk.samples == (start + count == sequence.target)
             attention += sum(range(start + 1, start + count + 1))
             self.compute(plan, sequence, start, count)
         for verify in plan.verifies:
@@ -426,10 +430,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.written = {number + steps: written[number] for number in range(first, last + 1)}
         for blocks in self.written.values():
             blocks.update(sequence.blocks[-1] for sequence in batch)
-        for sequence, start, count, _ in self.core.in_flight[0].chunks:
-            done = self.next_position[sequence.task_id]
+        for chunk in self.core.in_flight[0].chunks:
+            done = self.next_position[chunk.sequence.task_id]
             assert done is not None
-            self.compute(self.core.in_flight[0], sequence, done, start + count - done)
+            self.compute(self.core.in_flight[0], chunk.sequence, done, chunk.start + chunk.tokens - done)
 
     # -- what always holds ----------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ class RtcModel(RuleBasedStateMachine):
             return
         own = user.private[: end - user.at]
         blocks = [*user.cached, *user.private]
-        node, duplicates = self.rtc.insert(user.node, user.at, user.ids[:end], blocks)
+        node, duplicates = self.rtc.insert(user.node, user.at, end, user.ids, blocks)
         expected = []
         for at, block in zip(range(user.at, end), own, strict=True):
             block_id = user.ids[at]
@@ -147,7 +147,7 @@ class RtcModel(RuleBasedStateMachine):
         self.rtc.check_integrity([block for user in self.users for block in user.private])
         blocks, locks = {}, {}
         for node in self.rtc.nodes():
-            for block_id, block in zip(node.ids, node.blocks, strict=True):
+            for block_id, block in zip(node.ids[node.start :], node.blocks, strict=False):
                 assert block_id not in blocks
                 blocks[block_id], locks[block_id] = block, node.locks
         assert blocks == self.block_of
@@ -175,7 +175,7 @@ def cache(rtc: Rtc, ids: BlockIds) -> list[int]:
     node, cached, _ = rtc.match_by_prefix_token(ids, len(ids))
     blocks = rtc.alloc_blocks(len(ids) - len(cached))
     assert blocks is not None
-    node, duplicates = rtc.insert(node, len(cached), ids, [*cached, *blocks])
+    node, duplicates = rtc.insert(node, len(cached), len(ids), ids, [*cached, *blocks])
     assert duplicates == []
     rtc.unlock(node)
     return [*cached, *blocks]

@@ -96,7 +96,7 @@ class TieredMachine(RuleBasedStateMachine):
             return
         for at, block in zip(range(user.at, end), blocks, strict=True):
             self.contents[HBM, block] = user.ids[at]
-        node, duplicates = self.rtc.insert(user.node, user.at, user.ids[:end], [*[-1] * user.at, *blocks])
+        node, duplicates = self.rtc.insert(user.node, user.at, end, user.ids, [*[-1] * user.at, *blocks])
         self.users[place] = User(user.ids, node, end, [*user.private, *duplicates])
         self.check_contents(user.ids, self.rtc.path_blocks(node))
 
@@ -192,7 +192,7 @@ def cache(rtc: Rtc, ids: BlockIds) -> Node:
     match = rtc.match_by_prefix_token(ids, len(ids))
     blocks = rtc.alloc_blocks(len(ids) - len(match.blocks))
     assert blocks is not None
-    node, duplicates = rtc.insert(match.node, len(match.blocks), ids, [*match.blocks, *blocks])
+    node, duplicates = rtc.insert(match.node, len(match.blocks), len(ids), ids, [*match.blocks, *blocks])
     rtc.free(duplicates)
     rtc.unlock(node)
     return node
@@ -280,7 +280,7 @@ def test_computing_again_frees_the_lower_copy() -> None:
     match = rtc.match_by_prefix_token(ids, 0)
     blocks = rtc.alloc_blocks(2)
     assert blocks is not None
-    node, duplicates = rtc.insert(match.node, 0, ids[:2], blocks)
+    node, duplicates = rtc.insert(match.node, 0, 2, ids, blocks)
     assert duplicates == []
     assert parts(rtc, ids) == [(HBM, 2), (DRAM, 1)]
     assert rtc.path_blocks(node) == blocks
@@ -299,7 +299,7 @@ def test_computing_what_is_being_fetched_serves_both(success: bool) -> None:
     rtc.populate(waiting := rtc.match_by_prefix_token(ids, 3), targets)
     own = rtc.alloc_blocks(3)
     assert own is not None
-    node, duplicates = rtc.insert(rtc.match_by_prefix_token(ids, 3).node, 0, ids, own)
+    node, duplicates = rtc.insert(rtc.match_by_prefix_token(ids, 3).node, 0, len(ids), ids, own)
     assert (duplicates, waiting.parts) == ([], [(HBM, 3)])
     rtc.check_integrity([])
     finish_moves(rtc, success)
@@ -469,6 +469,6 @@ def test_a_long_prompt_is_found_and_cached_within_the_papers_time() -> None:
         match = rtc.match_by_prefix_token(ids, 256)
         blocks = rtc.alloc_blocks(256)
         assert blocks is not None
-        rtc.insert(match.node, 0, ids, blocks)
+        rtc.insert(match.node, 0, len(ids), ids, blocks)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.0007

@@ -60,6 +60,7 @@ def test_the_mixed_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "all the same" in capsys.readouterr().out
 
 
+@pytest.mark.pure
 def test_a_look_into_a_run_with_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The live table has a line per group of workers; simulated again from a snapshot, it is the same run."""
     folder = tmp_path / "run"

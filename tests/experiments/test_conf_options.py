@@ -19,7 +19,7 @@ from real.cluster import RealCluster
 from sim.cluster import SimCluster
 from tests.experiments.small import PROFILE
 
-ROOT = Path(build.__file__).parents[1]
+ROOT = CONF.parent
 OPTIONS = sorted((file.parent.relative_to(CONF).as_posix(), file.stem) for file in CONF.glob("*/**/*.yaml"))
 
 SPLIT = ["fleet.groups.0.npus=8"]

@@ -12,6 +12,8 @@ from experiments.inspection import Inspection
 from tests.experiments.conftest import Said
 from tests.experiments.small import SIM
 
+pytestmark = pytest.mark.pure  # snapshots hold objects that compiled ones are not
+
 RUN = [*SIM, "trace=synthetic", "trace.duration_s=60", "trace.rate=2", "fleet=pd_1p1d", "dispatch=deepflow"]
 
 

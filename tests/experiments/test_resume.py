@@ -13,6 +13,8 @@ from experiments.outputs import read_summary
 from tests.experiments.conftest import Said
 from tests.experiments.small import SIM
 
+pytestmark = pytest.mark.pure  # snapshots hold objects that compiled ones are not
+
 RUN = [*SIM, "trace=synthetic", "trace.duration_s=60", "trace.rate=2", "report=false", "progress=false"]
 
 
@@ -141,6 +143,16 @@ def test_a_snapshot_needs_a_simulated_run_that_gets_there(tmp_path: Path) -> Non
     result = run(compose([*RUN, "trace.limit=3", "snapshot_at=1000"]), tmp_path)
     assert not (tmp_path / "snapshot.bin").exists()
     assert any("no snapshot was taken" in note for note in read_summary(result.folder).provenance["notes"])
+
+
+def test_the_compiled_core_has_no_snapshots(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its objects cannot be pickled, which is said before anything runs or is written."""
+    monkeypatch.setenv("DEEPFLOW_COMPILED", "1")
+    with pytest.raises(ValueError, match="snapshot_at is 30, but objects of the compiled core cannot be pickled"):
+        run(compose([*RUN, "snapshot_at=30"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="resume without DEEPFLOW_COMPILED"):
+        resume(whole / "snapshot.bin", folder=tmp_path / "out")
 
 
 def test_from_the_command_line(deepflow: Callable[..., Said], whole: Path) -> None:

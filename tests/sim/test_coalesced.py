@@ -296,7 +296,7 @@ def test_chunks_of_a_long_prompt_are_coalesced_too() -> None:
     for coalesce in (True, False):
         run = run_sim(workload, engine=engine, coalesce=coalesce, report_period_s=100.0)
         assert run.executors["te-0"].steps == 1500
-        events.append(next(run.cluster.env._eid))
+        events.append(next(run.cluster.clock.env._eid))
     assert events[0] * 20 < events[1]
 
 
@@ -307,7 +307,7 @@ def test_steps_are_in_fact_coalesced() -> None:
     for coalesce in (True, False):
         run = run_sim(workload, coalesce=coalesce, report_period_s=100.0)
         assert run.executors["te-0"].steps == 900
-        events.append(next(run.cluster.env._eid))
+        events.append(next(run.cluster.clock.env._eid))
     assert events[0] * 20 < events[1]
 
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cluster.latency import StepShape
+from cluster.vocabulary import ExecutorSpec, Role
 from experiments import build, compose
 from sim.hardware import Hardware, activation_bytes, kv_blocks
 from sim.model_shape import ModelShape
@@ -79,7 +80,7 @@ def test_guesses_cost_what_latent_attention_computes(npu: Hardware) -> None:
 
 @pytest.fixture
 def npu() -> Hardware:
-    return build.hardware_of(compose(), build.ExecutorSpec("m", build.Role.COLOCATED, hardware="cloudmatrix384"))
+    return build.hardware_of(compose(), ExecutorSpec("m", Role.COLOCATED, hardware="cloudmatrix384"))
 
 
 def test_split_matrices_copy_what_cannot_be_split(npu: Hardware) -> None:

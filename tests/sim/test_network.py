@@ -8,11 +8,11 @@ from math import ceil
 from typing import NamedTuple
 
 import pytest
-import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.vocabulary import NS_PER_S, to_ns
+from sim.clock import Clock
 from sim.network import BYTE, UNIT, Filling, Flow, Link, Network, Path
 
 RATES = (1e6, 3e6, 7e5, 1e9)
@@ -30,23 +30,18 @@ class Asked(NamedTuple):
     party: str
 
 
-class Env(simpy.Environment):
-    """One that can be pickled: all it holds is time, events and a counter."""
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("_now", "_queue", "_eid", "_active_proc")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        simpy.core.BoundClass.bind_early(self)
+def run_out(clock: Clock) -> None:
+    """Until nothing is left to happen."""
+    while clock.next_ns is not None:
+        clock.step()
 
 
 class Net:
     """A network with numbered links and a log of what ended when: (number, ns, success)."""
 
     def __init__(self, rates: Sequence[float]) -> None:
-        self.env = Env()
-        self.network = Network(self.env)
+        self.clock = Clock()
+        self.network = Network(self.clock)
         self.links = [Link(f"link {number}", rate) for number, rate in enumerate(rates)]
         self.ended: list[tuple[int, int, bool]] = []
 
@@ -59,15 +54,15 @@ class Net:
             self.at(lift, partial(self.network.lift, flow))
 
     def end(self, number: int, success: bool) -> None:
-        self.ended.append((number, int(self.env.now), success))
+        self.ended.append((number, self.clock.now, success))
 
     def at(self, time: int, action: partial[None]) -> None:
-        self.env.timeout(time).callbacks.append(lambda _: action())
+        self.clock.alarm(time, action)
 
     @property
     def flows(self) -> dict[Flow, dict[Link, int]]:
         """Those that still send, with what they cross."""
-        now = self.env.now
+        now = self.clock.now
         return {
             flow: dict(flow.links)
             for link in self.network.links
@@ -122,10 +117,10 @@ def test_rates_are_max_min_fair_at_every_moment(
     for number, each in enumerate(asked):
         least, lift = paces[number] if number < len(paces) else (0, None)
         net.at(each.at, partial(net.start, number, each, least=least, lift=lift))
-    while net.env.peek() != float("inf"):
-        now = net.env.peek()
-        while net.env.peek() == now:
-            net.env.step()
+    while net.clock.next_ns is not None:
+        now = net.clock.next_ns
+        while net.clock.next_ns == now:
+            net.clock.step()
         check_rates(net)
     assert sorted(number for number, _, _ in net.ended) == list(range(len(asked)))
     assert all(success for _, _, success in net.ended)
@@ -179,7 +174,7 @@ def test_transfers_end_when_a_reference_says(load: tuple[list[float], list[Asked
     net = Net(rates)
     for number, each in enumerate(asked):
         net.at(each.at, partial(net.start, number, each))
-    net.env.run()
+    run_out(net.clock)
     found = {number: at for number, at, _ in net.ended}
     for number, expected in enumerate(reference(rates, asked)):
         assert found[number] == pytest.approx(expected, abs=40)
@@ -197,7 +192,7 @@ def test_the_order_of_what_happens_at_one_time_makes_no_difference(
         net = Net(rates)
         for number in numbers:
             net.at(asked[number].at, partial(net.start, number, asked[number]))
-        net.env.run()
+        run_out(net.clock)
         ends.append(sorted(net.ended))
     assert ends[0] == ends[1]
 
@@ -214,7 +209,7 @@ def test_who_is_gone_frees_the_links(load: tuple[list[float], list[Asked]], at: 
                 net.at(each.at, partial(net.start, number, each))
         if drop:
             net.at(at, partial(net.network.drop, "p0"))
-        net.env.run()
+        run_out(net.clock)
         ends.append({number: (time, success) for number, time, success in net.ended})
     for number, (time, success) in ends[1].items():
         if not success:
@@ -232,9 +227,9 @@ def test_a_flow_alone_is_one_event_and_exact() -> None:
         patch.setattr(Network, "_share", lambda *_: pytest.fail("rates were shared out"))
         net.start(0, Asked(0, [0, 1], 131_072_007, 64, 0.002, "p"), 2e-5)
         net.start(1, Asked(0, [1], 131_072_007, 64, 0.002, "q"), 2e-5)  # its calls leave room for the other
-        before = next(net.env._eid)
-        net.env.run()
-    assert next(net.env._eid) == before + 1
+        before = next(net.clock.env._eid)
+        run_out(net.clock)
+    assert next(net.clock.env._eid) == before + 1
     assert net.ended[1] == (0, round(64 * 20_000 + 131_072_007 / 1e9 * 1e9) + 2_000_000, True)
 
 
@@ -243,7 +238,7 @@ def test_two_share_and_one_alone_takes_over() -> None:
     net = Net([1e6])
     net.start(0, Asked(0, [0], 10**6, 0, 0.0, "p"))
     net.at(to_ns(0.5), partial(net.start, 1, Asked(0, [0], 500_000, 0, 0.0, "q")))
-    net.env.run()
+    run_out(net.clock)
     assert sorted(net.ended) == [(0, to_ns(1.5), True), (1, to_ns(1.5), True)]
 
 
@@ -286,7 +281,7 @@ def test_crossing_a_link_twice_takes_twice() -> None:
     assert path.alone_ns(10**6, 0) == to_ns(2.0)
     net.start(0, Asked(0, [0, 0, 1], 10**6, 0, 0.0, "p"))
     net.start(1, Asked(0, [0], 10**6, 0, 0.0, "q"))
-    net.env.run(until=1)
+    net.clock.run_until(1)
     assert net.links[0].asked > net.links[0].capacity
     assert [flow.rate for flow in net.flows] == [net.links[0].capacity // 3] * 2
 
@@ -295,7 +290,7 @@ def test_a_flow_that_its_source_holds_back() -> None:
     """It goes at the pace of its source, then at that of the link: 3 of 4 layers of a kB in 30 ms, and one in 1 ms."""
     net = Net([1e6])
     net.start(0, Asked(0, [0], 4000, 0, 0.0, "p"), least=40 * MS, lift=30 * MS)
-    net.env.run()
+    run_out(net.clock)
     assert net.ended == [(0, 31 * MS, True)]
 
 
@@ -304,11 +299,11 @@ def test_what_a_held_back_flow_leaves_is_others() -> None:
     net = Net([1e6])
     net.start(0, Asked(0, [0], 4000, 0, 0.0, "p"), least=20 * MS, lift=10 * MS)
     net.start(1, Asked(0, [0], 10**6, 0, 0.0, "q"))
-    net.env.run(until=5 * MS)
+    net.clock.run_until(5 * MS)
     assert [round(flow.rate / UNIT) for flow in net.flows] == [200_000, 800_000]
-    net.env.run(until=12 * MS)
+    net.clock.run_until(12 * MS)
     assert [round(flow.rate / UNIT) for flow in net.flows] == [500_000] * 2
-    net.env.run()
+    run_out(net.clock)
     assert net.ended[0] == (0, 14 * MS, True)  # 2000 bytes were left
     assert net.ended[1] == (1, 1004 * MS, True)
 
@@ -319,11 +314,11 @@ def test_lifting_what_is_over_changes_nothing() -> None:
     net.start(0, Asked(0, [0], 1000, 0, 0.002, "p"), least=5 * MS, lift=6 * MS)
     net.start(1, Asked(0, [0], 9000, 0, 0.0, "q"), least=50 * MS, lift=10 * MS)
     net.at(8 * MS, partial(net.network.drop, "q"))
-    net.env.run()
+    run_out(net.clock)
     assert net.ended == [(0, 7 * MS, True), (1, 8 * MS, False)]
-    since = net.env.now
+    since = net.clock.now
     net.start(2, Asked(0, [0], 1000, 0, 0.0, "r"), lift=0)
-    net.env.run()
+    run_out(net.clock)
     assert net.ended[2] == (2, since + MS, True)
     assert not net.links[0].flows and net.links[0].asked == 0
 
@@ -334,10 +329,10 @@ def test_a_network_with_transfers_under_way_can_be_pickled() -> None:
     net = Net([1e6, 2e6])
     for number in range(5):
         net.start(number, Asked(0, [number % 2, 0], 10**5 * (number + 1), 2, 0.001, "p"))
-    net.env.run(until=50 * MS)
+    net.clock.run_until(50 * MS)
     copy = pickle.loads(pickle.dumps(net))
     for each in (net, copy):
-        each.env.run()
+        run_out(each.clock)
     assert copy.ended == net.ended and len(net.ended) == 5
 
 

@@ -46,11 +46,11 @@ class Starts:
         self.events += self.cluster._events
 
     def until(self, time: int | None) -> None:
-        env = self.cluster.env
-        while env.peek() <= (float("inf") if time is None else time) and env.peek() != float("inf"):
-            env.step()
-        if time is not None and time > env.now:
-            env.run(until=time)
+        clock = self.cluster.clock
+        while (due := clock.next_ns) is not None and (time is None or due <= time):
+            clock.step()
+        if time is not None and time > clock.now:
+            clock.run_until(time)
 
     def loads(self) -> dict[str, tuple[float, str]]:
         """Seconds of TE-Load and the source, of each executor that got through it."""

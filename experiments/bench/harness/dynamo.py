@@ -7,6 +7,7 @@ loop. It lives in an environment of its own, because it brings versions of every
 import subprocess
 import sys
 import venv
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,7 @@ from experiments.bench.harness.sim_case import (
     Case,
     workload,
 )
+from experiments.bench.harness.simulators import Peer, run
 
 VERSION = "1.4.2"
 ABOUT = f"ai-dynamo {VERSION}, Rust, its own server model and timing"
@@ -29,8 +31,15 @@ ENVIRONMENT = Path.home() / ".cache" / "deepflow" / f"dynamo-{VERSION}"
 LINK_GB_PER_S = 25.0
 
 
-def python() -> tuple[str | None, str]:
-    """The interpreter that has it, installed at the first call; or None, and why it is not there."""
+def peer() -> Peer:
+    """Installed at the first call."""
+    interpreter, why = _python()
+    rate = None if interpreter is None else partial(_requests_per_s, interpreter)
+    return Peer("Dynamo's mocker", ABOUT, rate, why, disaggregated=True, prefixes=True)
+
+
+def _python() -> tuple[str | None, str]:
+    """The interpreter that has it; or None, and why it is not there."""
     interpreter = ENVIRONMENT / "bin" / "python"
     if not (ENVIRONMENT / ".complete").is_file():
         print(f"installing ai-dynamo {VERSION} into {ENVIRONMENT} (some minutes, once)", file=sys.stderr)
@@ -44,8 +53,8 @@ def python() -> tuple[str | None, str]:
     return str(interpreter), ""
 
 
-def requests_per_s(interpreter: str, requests: int, case: Case) -> float:
-    """Of its loop. Raises CalledProcessError: it cannot run."""
+def _requests_per_s(interpreter: str, requests: int, case: Case) -> float:
+    """Of its loop. Raises PeerError."""
     engine = {
         "num_gpu_blocks": KV_BLOCKS,
         "block_size": BLOCK_TOKENS,
@@ -65,7 +74,7 @@ def requests_per_s(interpreter: str, requests: int, case: Case) -> float:
         command += ["--num-workers", str(case.executors), "--extra-engine-args", _json(engine)]
     with TemporaryDirectory() as folder:
         _write_trace(Path(folder, "trace.jsonl"), requests, case)
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        run(command, Path(folder))
         wall_ms: float = msgspec.json.decode(Path(folder, "report.json").read_bytes())["wall_time_ms"]
     return requests / wall_ms * 1e3
 

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import msgspec
@@ -91,13 +92,19 @@ def main(name: str, requests: int) -> None:
     print(msgspec.json.encode(simulate(requests, CASES[name])).decode())
 
 
+@cache
+def trace_lengths() -> list[tuple[int, int]]:
+    """Of all prompts and answers of the trace, read once and ahead of what is measured."""
+    with resolve(TRACE).open() as file:
+        return [(int(prompt), max(1, int(output))) for _, prompt, output in list(csv.reader(file))[1:]]
+
+
 def workload(requests: int, rate: float, shared: bool) -> Iterator[Arrival]:
     """The first requests of the trace, over again where it ends, as Poisson arrivals (seed 42).
 
     `shared`: prompts begin with one of a few prefixes.
     """
-    with resolve(TRACE).open() as file:
-        lengths = [(int(prompt), max(1, int(output))) for _, prompt, output in list(csv.reader(file))[1:]]
+    lengths = trace_lengths()
     rng = np.random.default_rng(42)
     times = np.cumsum(rng.exponential(1 / rate, requests)) * NS_PER_S
     chosen = rng.integers(PREFIXES, size=requests)
@@ -130,6 +137,7 @@ def simulate(requests: int, case: Case) -> Measured:
         ClusterManager(plans, Fixed(), ("je-0",)),
         recorder,
     )
+    trace_lengths()
     with without_collector():
         wall, cpu = time.perf_counter(), time.process_time()
         with SimCluster(("client", "je-0", "cm"), lambda spec: node) as cluster:
