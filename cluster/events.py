@@ -61,6 +61,17 @@ class FirstToken(EventBase, frozen=True, tag=True, kw_only=True):
     executor: str
 
 
+class PrefillStarted(EventBase, frozen=True, tag=True, kw_only=True):
+    """A prefill task has its blocks and a place in the batch, on an executor that sends KV cache while it computes: its
+    decode task may be placed now. `kv_runs`: see `KvSource.runs`.
+    """
+
+    request_id: int
+    task_id: int
+    executor: str
+    kv_runs: tuple[int, ...]
+
+
 class TaskProgress(EventBase, frozen=True, tag=True, kw_only=True):
     """Tokens so far of the tasks that decode on one executor, sent with its load reports: (task id, tokens) pairs."""
 
@@ -286,6 +297,7 @@ Event = (
     | RequestArrived
     | CancelRequested
     | FirstToken
+    | PrefillStarted
     | TaskProgress
     | TaskFinished
     | TaskFailed

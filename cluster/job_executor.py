@@ -1,8 +1,8 @@
 """JE, the job executor: turns requests into jobs and tasks, places tasks, and sees every request to its end.
 
 Sans I/O: `on_event(event) → actions`. Chat on a colocated executor is one job of one task; on a prefill executor it is
-one job of two, the second placed when the first is done. A task that fails is tried again elsewhere, from the token
-the frontend holds.
+one job of two, the second placed when the first is done or, where the executor says so, has begun. A task that fails is
+tried again elsewhere, from the token the frontend holds.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,20 @@ _TASK_BITS = 40
 
 
 class Job:
-    """One serving job under way. `task` is None while it waits for an executor."""
+    """One serving job under way. `task` is None while it waits for an executor.
+
+    `ahead`: the decode task on `ahead_executor`, placed while the prefill is under way; `dropped`: it is not wanted any
+    more and was asked back. `end`: how the job ends as soon as that is back.
+    """
 
     __slots__ = (
+        "ahead",
+        "ahead_executor",
         "attempts",
         "cancelled",
         "deadline_ns",
+        "dropped",
+        "end",
         "executor",
         "generated",
         "held",
@@ -47,6 +55,10 @@ class Job:
         self.attempts = 0
         self.queued_tokens = 0
         self.cancelled = False
+        self.ahead: Task | None = None
+        self.ahead_executor = ""
+        self.dropped = False
+        self.end: tuple[Outcome, str] | None = None
 
 
 class JobExecutor:
@@ -102,24 +114,67 @@ class JobExecutor:
     def _place(self, job: Job, now: int) -> list[Action]:
         """Hand the job's next task to an executor, or park it, or refuse it where too many are parked."""
         draft = Task(self._next_task, job.request, job.kind, job.generated, job.held, job.deadline_ns)
+        placed = self._choose(draft, now)
+        if placed is None:
+            return self._park(job)
+        task, executor = placed
+        job.task, job.executor, job.kind = task, executor, task.kind
+        self._tasks[task.task_id] = job
+        job.queued_tokens = 0 if job.kind is TaskKind.DECODE else task.context_tokens
+        self.fleet.count(executor, 1, job.queued_tokens)
+        self.policy.dispatched(task, executor)
+        return [DispatchTask(self.name, executor, task)]
+
+    def _choose(self, draft: Task, now: int) -> tuple[Task, str] | None:
+        """The executor for a task, and the task with the kind that this executor serves."""
         executor = self.policy.place(draft, self.fleet, now)
         if executor is None:
-            return self._park(job)
+            return None
         role = self.fleet.role_of(executor)
         if role is None:
             raise ValueError(
                 f"{type(self.policy).__name__}.place chose executor {executor!r}, which is not ready; "
                 "it must choose from fleet.candidates(task)"
             )
-        job.kind = SERVES[role]
-        task = draft if draft.kind is job.kind else msgspec.structs.replace(draft, kind=job.kind)
+        kind = SERVES[role]
         self._next_task += 1
-        job.task, job.executor = task, executor
+        return (draft if draft.kind is kind else msgspec.structs.replace(draft, kind=kind)), executor
+
+    def _prefill_started(self, event: ev.PrefillStarted) -> list[Action]:
+        """Its KV cache is sent while it is computed: place the decode task, if there is an executor for it."""
+        job = self._current(event)
+        if job is None or job.task is None or job.ahead is not None or job.cancelled:
+            return []
+        source, generated = KvSource(event.executor, event.task_id, event.kv_runs), job.task.generated + 1
+        draft = Task(self._next_task, job.request, TaskKind.DECODE, generated, source, job.deadline_ns)
+        placed = self._choose(draft, event.time)
+        if placed is None:
+            return []
+        job.dropped = False
+        job.ahead, job.ahead_executor = task, executor = placed
         self._tasks[task.task_id] = job
-        job.queued_tokens = 0 if job.kind is TaskKind.DECODE else task.context_tokens
-        self.fleet.count(executor, 1, job.queued_tokens)
+        self.fleet.count(executor, 1, 0)
         self.policy.dispatched(task, executor)
         return [DispatchTask(self.name, executor, task)]
+
+    def _drop(self, job: Job) -> list[Action]:
+        """Ask for the task back that was placed ahead."""
+        if job.ahead is None or job.dropped:
+            return []
+        job.dropped = True
+        return [AbortTask(job.ahead_executor, job.ahead.task_id)]
+
+    def _ahead_is_back(self, job: Job, event: ev.TaskFinished | ev.TaskFailed | ev.TaskAborted) -> list[Action]:
+        """Whatever became of a task that was placed ahead, its prefill goes on, and another is placed behind it."""
+        assert job.ahead is not None
+        if job.generated >= job.ahead.generated:  # it may have got further before it was asked back
+            job.generated = max(job.generated, event.generated)
+        self.fleet.count(job.ahead_executor, -1, 0)
+        del self._tasks[job.ahead.task_id]
+        job.ahead = None
+        if isinstance(event, ev.TaskFailed):
+            self._believe(event)
+        return [] if job.end is None else self._end(job, *job.end)
 
     def _first_token(self, event: ev.FirstToken) -> list[Action]:
         job = self._current(event)
@@ -140,6 +195,8 @@ class JobExecutor:
         job = self._current(event)
         if job is None:
             return []
+        if _is_ahead(job, event):
+            return self._ahead_is_back(job, event)
         self._task_over(job)
         self.policy.finished(job.request, event)
         source, job.held = job.held, None
@@ -151,16 +208,20 @@ class JobExecutor:
         if job.cancelled:
             return [AbortTask(held.executor, held.task_id), *self._end(job, Outcome.CANCELLED)]
         job.held, job.kind = held, TaskKind.DECODE
+        if job.ahead is not None and not job.dropped:
+            job.task, job.executor, job.ahead = job.ahead, job.ahead_executor, None
+            return []
         return self._place(job, event.time)
 
     def _failed(self, event: ev.TaskFailed) -> list[Action]:
         job = self._current(event)
         if job is None:
             return []
+        if _is_ahead(job, event):
+            return self._ahead_is_back(job, event)
         self._task_over(job)
         job.generated = event.generated
-        if event.reason in (FailureReason.EXECUTOR_LOST, FailureReason.NOT_SERVING):
-            self._lose_executor(event.executor)  # the cluster manager's word may still be on its way
+        self._believe(event)
         if job.cancelled:
             return [*self._release(job), *self._end(job, Outcome.CANCELLED)]
         if not event.reason.retriable:
@@ -173,30 +234,41 @@ class JobExecutor:
             return [*self._release(job), *self._end(job, Outcome.FAILED, reason)]
         # The KV cache of a finished prefill outlives a refused decode; after any other loss, prefill again.
         keep = refused and job.held is not None
-        actions = [] if keep else self._release(job)
+        actions = [*self._drop(job), *([] if keep else self._release(job))]
         job.kind = TaskKind.DECODE if keep else TaskKind.SERVE
         return [*actions, *self._place(job, event.time)]
+
+    def _believe(self, event: ev.TaskFailed) -> None:
+        """An executor that cannot have tasks is gone: the cluster manager's word may still be on its way."""
+        if event.reason in (FailureReason.EXECUTOR_LOST, FailureReason.NOT_SERVING):
+            self._lose_executor(event.executor)
 
     def _aborted(self, event: ev.TaskAborted) -> list[Action]:
         job = self._current(event)
         if job is None:
             return []
+        if _is_ahead(job, event):
+            return self._ahead_is_back(job, event)
         self._task_over(job)
         job.generated = event.generated
         return [*self._release(job), *self._end(job, Outcome.CANCELLED)]
 
     def _cancel(self, event: ev.CancelRequested) -> list[Action]:
         job = self._jobs.get(event.request_id)
-        if job is None or job.cancelled:
+        if job is None or job.cancelled or job.end is not None:
             return []
         job.cancelled = True
         if job.task is None:
             del self._parked[job.request.model][event.request_id]
             self._num_parked -= 1
             return [*self._release(job), *self._end(job, Outcome.CANCELLED), self._demand_changed(job, -1)]
-        return [AbortTask(job.executor, job.task.task_id)]
+        return [AbortTask(job.executor, job.task.task_id), *self._drop(job)]
 
     def _end(self, job: Job, outcome: Outcome, reason: str = "") -> list[Action]:
+        """Its end, now or when the last of its tasks is back."""
+        if job.ahead is not None:
+            job.end = (outcome, reason)
+            return self._drop(job)
         number = job.request.request_id
         del self._jobs[number]
         caller = self._callers.pop(number, None) if self._callers else None
@@ -277,7 +349,9 @@ class JobExecutor:
 
     # -- bookkeeping ----------------------------------------------------------------------------------------------
 
-    def _current(self, event: ev.FirstToken | ev.TaskFinished | ev.TaskFailed | ev.TaskAborted) -> Job | None:
+    def _current(
+        self, event: ev.FirstToken | ev.PrefillStarted | ev.TaskFinished | ev.TaskFailed | ev.TaskAborted
+    ) -> Job | None:
         """The job this event is about, unless it speaks of a task that is no longer the job's."""
         return self._tasks.get(event.task_id)
 
@@ -294,9 +368,14 @@ class JobExecutor:
             job.queued_tokens = 0
 
 
+def _is_ahead(job: Job, event: ev.TaskFinished | ev.TaskFailed | ev.TaskAborted) -> bool:
+    return job.ahead is not None and job.ahead.task_id == event.task_id
+
+
 _HANDLERS: Final[dict[type, Callable[[JobExecutor, Any], list[Action]]]] = {
     ev.RequestArrived: JobExecutor._arrived,
     ev.FirstToken: JobExecutor._first_token,
+    ev.PrefillStarted: JobExecutor._prefill_started,
     ev.TaskProgress: JobExecutor._progress,
     ev.TaskFinished: JobExecutor._finished,
     ev.TaskFailed: JobExecutor._failed,

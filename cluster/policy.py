@@ -22,7 +22,8 @@ class DispatchPolicy(ABC):
         """The executor for `task`, out of `fleet.candidates(task)`; None to let it wait for a change in the fleet.
 
         Choosing a prefill executor for a new request disaggregates it: its decode task is placed when the prefill
-        is done. A placement is final; `place` is called again only after the task failed there.
+        is done or, where KV cache is sent while it is computed, when the prefill has begun (and otherwise again when it
+        is done). A placement is final; `place` is called again only after the task failed there.
         """
 
     def dispatched(self, task: Task, executor: str) -> None:

@@ -42,7 +42,7 @@ from flowserve.core.config import EngineConfig
 from flowserve.core.messages import Abort, Dispatch, Drain, KvOffered, KvRequested, Message, PeerLost, ReleaseContext
 from flowserve.runtime import wire
 from flowserve.runtime.log import LEVELS
-from flowserve.runtime.runner import KvHandle
+from flowserve.runtime.runner import KvHandle, Payload
 from flowserve.runtime.sampling import Sampling
 from real.frontend import ClientPrompt, Frontend, NewTokens
 from real.metrics import ServingMetrics
@@ -64,7 +64,7 @@ class WorkEngine(msgspec.Struct, frozen=True):
 
 
 class _Executor:
-    __slots__ = ("crash", "handle", "launched", "process", "ready", "spec", "tasks", "work")
+    __slots__ = ("crash", "early", "handle", "launched", "process", "ready", "spec", "tasks", "work")
 
     def __init__(self, spec: ExecutorSpec, process: ChildProcess, launched: int) -> None:
         self.spec = spec
@@ -74,6 +74,7 @@ class _Executor:
         self.handle: KvHandle | None = None
         self.crash: wire.Crashed | None = None
         self.tasks: dict[int, tuple[str, Task]] = {}
+        self.early: set[int] = set()  # dispatched before the frontend had all their tokens
         self.work: dict[int, tuple[str, WorkTask]] = {}
 
 
@@ -267,7 +268,10 @@ class RealCluster(Cluster):
             return
         executor.tasks[task.task_id] = (action.job_executor, task)
         self._metrics.dispatched(action.executor, task, self.now())
-        payload = self._frontend_of[task.request.request_id].payload(task)
+        frontend = self._frontend_of[task.request.request_id]
+        if frontend.generated(task.request.request_id) < task.generated:
+            executor.early.add(task.task_id)
+        payload = frontend.payload(task)
         self._send(action.executor, wire.Deliver(Dispatch(action.job_executor, task), payload=payload))
 
     def _lose(self, executor: str, job_executor: str, task: Task) -> None:
@@ -449,6 +453,7 @@ class RealCluster(Cluster):
         for event in output.events:
             if isinstance(event, ev.TaskFinished | ev.TaskFailed | ev.TaskAborted):
                 executor.tasks.pop(event.task_id, None)
+                executor.early.discard(event.task_id)
                 frontend = self._frontend_of.get(event.request_id)
                 if frontend is not None:
                     frontend.close_task(event.task_id)
@@ -462,9 +467,20 @@ class RealCluster(Cluster):
 
     def _forward(self, name: str, executor: _Executor, other: str, message: Message) -> None:
         if other in self._executors:
-            self._send(other, wire.Deliver(message, handle=executor.handle))
+            self._send(other, wire.Deliver(message, self._late_payload(other, message), executor.handle))
         elif isinstance(message, KvRequested):
             self._send(name, wire.Deliver(KvOffered(message.task_id, message.for_task, other, None)))
+
+    def _late_payload(self, name: str, message: Message) -> Payload | None:
+        """What an executor lacks of a task that was dispatched early: with this message, the prefill is done."""
+        executor = self._executors[name]
+        if not isinstance(message, KvOffered) or message.blocks is None or message.more:
+            return None
+        if message.for_task not in executor.early:
+            return None
+        executor.early.discard(message.for_task)
+        _, task = executor.tasks[message.for_task]
+        return self._frontend_of[task.request.request_id].payload(task)
 
     def _ready(self, name: str, executor: _Executor, message: wire.Ready) -> None:
         executor.ready, executor.handle = True, message.handle

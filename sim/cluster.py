@@ -55,12 +55,12 @@ from flowserve.core.plan import Verify
 from flowserve.core.record import StepSpan, TransferSpan
 from flowserve.core.task_executor import TaskExecutor
 from flowserve.core.tiers import Move
-from flowserve.core.transfer import contiguous_runs
+from flowserve.core.transfer import contiguous_runs, pieces_by_layer
 from flowserve.core.worker import Worker
 from sim.clock import Clock
 from sim.contention import Computing, Contention, Shared
 from sim.executor import SimExecutor
-from sim.network import Network, Path
+from sim.network import Flow, Network, Path
 from sim.node import Delays, Failure, Node, WorkNode
 from sim.noise import Noisy
 from sim.starting import Starter
@@ -455,16 +455,50 @@ class SimCluster(Cluster):
 
     def _transfer(self, name: str, transfer: Transfer) -> None:
         node, source = self._nodes[name], transfer.source
-        runs = len(contiguous_runs(transfer.source_blocks, transfer.blocks))
+        runs = contiguous_runs(transfer.source_blocks, transfer.blocks)
         num_bytes = len(transfer.blocks) * node.block_bytes
         if node.kv_host_s:
             self.executors[name].hold(to_ns(node.kv_host_s))
-        pieces = runs * node.kv_segments
+        pieces = len(runs) * node.kv_segments
+        if transfer.step is not None:
+            pieces = pieces_by_layer(node.engine.kv_layout, node.layers, [length for _, _, length in runs])
         on_end = partial(self._fetched, name, transfer, self.now(), num_bytes, pieces)
+        if transfer.step is not None:
+            self._follow(name, transfer, transfer.step, num_bytes, pieces, on_end)
+            return
         if source not in self.executors:  # it died after it made the offer
             on_end(False)
             return
-        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, (source, name))
+        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, _parties(source, name))
+
+    def _follow(
+        self, name: str, transfer: Transfer, plan: int, num_bytes: int, pieces: int, on_end: Callable[[bool], None]
+    ) -> None:
+        """Send what the source computes just now, each layer when it is there: from the first one on no faster than
+        they come, as it looks then, and as fast as the links are from the end of the step on.
+        """
+        engine, now = self.executors.get(transfer.source), self.now()
+        if engine is None or name not in self.executors:  # one of them has died since
+            on_end(False)
+            return
+        path, parties = self.topology.path(transfer.source, name), _parties(transfer.source, name)
+        start, end = engine.step_of(plan) or (now, now)
+        layers = self._nodes[name].layers
+        first = start + -(-(end - start) // layers)
+        if now < first:
+            self._at(first - now, partial(self._follow, name, transfer, plan, num_bytes, pieces, on_end))
+            return
+        flow = self.network.start(path, num_bytes, pieces, on_end, parties, (end - now) * layers // max(1, layers - 1))
+        self._lift(transfer.source, plan, flow)
+
+    def _lift(self, source: str, plan: int, flow: Flow) -> None:
+        """At the end of the step, which others may have put off meanwhile."""
+        engine, now = self.executors.get(source), self.now()
+        step = None if engine is None else engine.step_of(plan)
+        if step is None or step[1] <= now:
+            self.network.lift(flow)
+        else:
+            self._at(step[1] - now, partial(self._lift, source, plan, flow))
 
     def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
@@ -504,6 +538,11 @@ class SimCluster(Cluster):
 
     def _after(self, delay: int, callback: Callable[[], None]) -> None:
         self.clock.alarm(delay, callback)
+
+
+def _parties(source: str, target: str) -> tuple[str, ...]:
+    """Of a transfer. An executor that has switched its role may fetch from itself."""
+    return (target,) if source == target else (source, target)
 
 
 _PERFORM: Final[dict[type, Callable[[SimCluster, Any], None]]] = {

@@ -14,7 +14,7 @@ from simpy.events import EventPriority
 from cluster import identity
 from cluster.latency import LatencyModel
 from cluster.request import Answer
-from flowserve.core.messages import Dispatch, Message
+from flowserve.core.messages import Dispatch, KvRequested, Message
 from flowserve.core.plan import Plan, Verify
 from flowserve.core.record import StepSpan
 from flowserve.core.scheduler import NONE
@@ -92,7 +92,10 @@ class SimExecutor:
 
     def receive(self, *messages: Message) -> None:
         """Messages reach the executor: looked at now if it is idle, else when the step in progress ends."""
-        self._inbox.extend(messages)
+        if self._core.in_flight and self._core.config.kv_transfer == "by_layer":
+            self._inbox.extend(self._answer(messages))
+        else:
+            self._inbox.extend(messages)
         if not self._core.in_flight:
             self._next_step()
         elif len(self._ends) > 1 or self._untimed:
@@ -101,6 +104,18 @@ class SimExecutor:
             if ended + 1 < len(self._ends):
                 del self._ends[ended + 1 :]
                 self._wait_for(self._ends[ended])
+
+    def _answer(self, messages: tuple[Message, ...]) -> list[Message]:
+        """Where layers are sent while the step computes them, who asks for KV cache is answered meanwhile, too: this is
+        not for the engine's loop to do. What is left of the messages.
+        """
+        asked = [message for message in messages if isinstance(message, KvRequested)]
+        if asked:
+            self.settle()
+            for message in asked:
+                self.shell.master.receive(message, self._clock.now)
+            self._deliver(self.shell)
+        return [message for message in messages if not isinstance(message, KvRequested)]
 
     def kill(self) -> None:
         """Stop in the middle of whatever it does. What finished by now stays readable in the shell."""
@@ -131,6 +146,13 @@ class SimExecutor:
         """When the step in progress ends; None where nothing is computed."""
         ended = bisect_right(self._ends, self._clock.now)
         return self._ends[ended] if ended < len(self._ends) and self._core.in_flight else None
+
+    def step_of(self, plan: int) -> tuple[int, int] | None:
+        """From when to when the device computes this plan; None if it is done. It was launched, and decodes alone do
+        not make it up.
+        """
+        in_flight = self._core.in_flight
+        return (self._since, self._ends[0]) if in_flight and in_flight[0].number == plan else None
 
     def settle(self) -> None:
         """Bring the core up to now: the steps of the segment that have ended are complete."""

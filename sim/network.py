@@ -73,9 +73,9 @@ class Path:
 
 
 class Flow:
-    """A transfer under way. `top`: its rate where nobody is in its way; `full`: the link that is, full and with nobody
-    faster on it; `left` when it was last looked at, `since`; `finish`: when the last byte is sent if nothing changes;
-    `due`: when its timer rings, `finish` or later.
+    """A transfer under way. `top`: its rate where nobody is in its way, and `most` where its source has all of it;
+    `full`: the link that is in its way, full and with nobody faster on it; `left` when it was last looked at, `since`;
+    `finish`: when the last byte is sent if nothing changes; `due`: when its timer rings, `finish` or later.
     """
 
     __slots__ = (
@@ -85,6 +85,7 @@ class Flow:
         "latency_ns",
         "left",
         "links",
+        "most",
         "on_end",
         "parties",
         "rate",
@@ -101,12 +102,16 @@ class Flow:
         now: int,
         on_end: Callable[[bool], None],
         parties: tuple[str, ...],
+        least_ns: int,
     ) -> None:
         alone = path.alone_ns(num_bytes, calls)
         if num_bytes:
             alone = max(1, alone)
         self.left = num_bytes * BYTE
-        self.top = min(path.top, -(-self.left // alone)) if num_bytes else 0
+        self.top = self.most = min(path.top, -(-self.left // alone)) if num_bytes else 0
+        if alone < least_ns:
+            alone = least_ns
+            self.top = -(-self.left // alone)
         self.rate = self.top
         self.full: Link | None = None
         self.links = path.links if num_bytes else ()
@@ -137,19 +142,20 @@ class Network:
         calls: int,
         on_end: Callable[[bool], None],
         parties: tuple[str, ...] = (),
-    ) -> None:
+        least_ns: int = 0,
+    ) -> Flow:
         """Begin a transfer now, in so many calls. `on_end(True)` when all has arrived, `on_end(False)` if one of the
-        `parties` is dropped before.
+        `parties` is dropped before. `least_ns`: for how long it takes at least, because its source has the bytes no
+        sooner, until `lift`.
         """
         now = self._clock.now
-        flow = Flow(path, num_bytes, calls, now, on_end, parties)
+        flow = Flow(path, num_bytes, calls, now, on_end, parties, least_ns)
         for party in parties:
             self._of.setdefault(party, {})[flow] = None
         links, top, short = flow.links, flow.top, False
         for link, times in links:
             if link.flows and link.asked + times * top > link.capacity:
-                for other in [other for other in link.flows if other.finish <= now]:
-                    self._leave(other)  # all of it is sent; only its latency is left
+                self._clear(link, now)
         for link, times in links:
             link.flows[flow] = times
             link.asked += times * top
@@ -163,6 +169,23 @@ class Network:
             self._share(changed)
         else:
             self._set(flow, flow.finish + flow.latency_ns)
+        return flow
+
+    def lift(self, flow: Flow) -> None:
+        """The source of this flow has all of its bytes: it is as fast as its path lets it be from now on."""
+        now, more = self._clock.now, flow.most - flow.top
+        if not flow.links or flow.finish <= now or not more:
+            return
+        for link, times in flow.links:
+            if link.asked + times * more > link.capacity:
+                self._clear(link, now)
+        flow.top = flow.most
+        changed = {flow: None}
+        for link, times in flow.links:
+            link.asked += times * more
+            if link.asked > link.capacity:
+                changed.update(dict.fromkeys(link.flows))
+        self._share(changed)
 
     def drop(self, party: str) -> None:
         """Somebody is gone: what came from there or went there has failed, and its links are free."""
@@ -181,6 +204,11 @@ class Network:
         return list(dict.fromkeys(link for flows in self._of.values() for flow in flows for link, _ in flow.links))
 
     # -- the life of a flow ---------------------------------------------------------------------------------------
+
+    def _clear(self, link: Link, now: int) -> None:
+        """Flows of which all is sent, and only the latency is left, leave this link."""
+        for other in [other for other in link.flows if other.finish <= now]:
+            self._leave(other)
 
     def _set(self, flow: Flow, due: int) -> None:
         flow.due = due

@@ -40,7 +40,8 @@ class Delays(msgspec.Struct, frozen=True):
 class Node(msgspec.Struct, frozen=True):
     """What stands behind one kind of executor: engine limits, latency model, start-up stages, and the kind of its host.
 
-    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`.
+    `kv_segments`: pieces of memory that one run of consecutive blocks is scattered over, see `pieces_per_run`;
+    `layers`: of the model, see `pieces_by_layer`.
     `contention`: as in `Hardware`; with it every step is an event of its own. `host_step_s`: as there. `acceptance`: of
     guesses, where it speculates. `load`: weights to be moved in the stage TE_LOAD, beside the time of the stage itself.
     `noise`: of step times. `kv_host_s`: as in `Hardware`.
@@ -58,6 +59,7 @@ class Node(msgspec.Struct, frozen=True):
     load: Load | None = None
     noise: Noise | None = None
     kv_host_s: float = 0.0
+    layers: int = 1
 
     def __post_init__(self) -> None:
         if (self.load is not None or self.engine.tiers.blocks) and self.host.pcie is None:

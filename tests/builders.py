@@ -303,6 +303,7 @@ def run_sim(
     load: Load | None = None,
     kv_bytes_per_token: int = 1000,
     kv_segments: int = 1,
+    layers: int = 1,
     stages: Sequence[tuple[Stage, int]] | None = None,
     policy: Callable[[], DispatchPolicy] = LeastOutstanding,
     scaling: ScalingPolicy | None = None,
@@ -350,6 +351,7 @@ def run_sim(
         load=load,
         noise=noise,
         kv_host_s=kv_host_s,
+        layers=layers,
         contention=contention,
     )
     work_node = WorkNode(slots, work_time, no_stages() if stages is None else stages)

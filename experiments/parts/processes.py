@@ -22,6 +22,11 @@ def real_cluster(cfg: DictConfig, actors: list[str], folder: Path | None) -> "Re
     from real.metrics import ServingMetrics
 
     backend, found, entries = cfg.backend, served(cfg), group_entries(cfg)
+    if cfg.engine.get("kv_transfer") == "by_layer":
+        raise ValueError(
+            "engine.kv_transfer is by_layer: a real engine computes all layers of a step in one call, and nobody can "
+            "fetch one before the others; take by_chunk, or backend=sim"
+        )
     null = device_name(cfg) == "null"
     if not null and any(spec.role is Role.TRAINING for spec in entries):
         raise ValueError(

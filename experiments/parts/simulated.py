@@ -76,6 +76,7 @@ def sim_node(cfg: DictConfig) -> Callable[[ExecutorSpec], Any]:
                 noise=model.noise if isinstance(model, Fitted) else None,
                 host_step_s=hardware.host_step_s,
                 acceptance=Acceptance(cfg.backend.draft_acceptance, cfg.seed),
+                layers=shape.layers,
                 load=cold.loading(shape.weight_bytes, shape.weight_bytes_on(spec.npus), shape.pipeline_stages),
             )
         return made[kind]

@@ -8,7 +8,7 @@ from cluster.engine_policy import PolicySpec
 from cluster.vocabulary import BLOCK_TOKENS, Role
 from flowserve.core.allocator import AllocatorKind
 from flowserve.core.tiers import TierConfig
-from flowserve.core.transfer import KvLayout
+from flowserve.core.transfer import KvLayout, KvTransfer
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -20,6 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     which free blocks a sequence gets, see `flowserve.core.allocator`. `evict_share`: share of blocks evicted from the
     prefix cache at a time, at least; where only as many as are short go, any allocator has to take just those.
     `kv_layout`: order of the KV cache in memory, which must be the same in engines that exchange it.
+    `kv_transfer`: when a prefilled KV cache is sent, see `flowserve.core.transfer`; the same in such engines, too.
     `prefix_cache`: whether prompts find what others left; contexts with an ID are found also without.
     `tiers`: host memory and disk behind the KV cache. `preemption`: whether a preempted sequence is computed again, but
     for what the cache still has, or its KV cache is copied to the next tier at once, to be fetched back.
@@ -42,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     allocator: AllocatorKind = "segment"
     evict_share: float = 0.05
     kv_layout: KvLayout = "layer_major"
+    kv_transfer: KvTransfer = "by_request"
     prefill_token_budget: int | None = None
     decode_token_budget: int | None = None
     speculative_tokens: int = 0

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from cluster.events import Event, FirstToken, TaskAborted, TaskFailed, TaskFinished
+from cluster.events import Event, FirstToken, PrefillStarted, TaskAborted, TaskFailed, TaskFinished
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
@@ -29,6 +29,7 @@ from flowserve.core.messages import (
 from flowserve.core.outbox import Load, Outbox, Transfer
 from flowserve.core.plan import Fetch, Plan
 from flowserve.core.scheduler import NONE, EngineCore
+from flowserve.core.sequence import HELD, PREFILL
 from flowserve.core.sequence import Sequence as EngineSequence
 from flowserve.core.transfer import run_lengths
 
@@ -42,6 +43,32 @@ class _Entry(NamedTuple):
     sample_times: list[int]
 
 
+class _Fetching:
+    """KV cache on its way here. `copying`: transfers under way; `whole`: the source has computed all of it; `failed`:
+    why it will not come. It is over when nothing is under way and one of the two is so.
+    """
+
+    __slots__ = ("copying", "failed", "fetch", "source", "whole")
+
+    def __init__(self, fetch: Fetch, source: KvSource) -> None:
+        self.fetch = fetch
+        self.source = source
+        self.copying = 0
+        self.whole = False
+        self.failed: tuple[FailureReason, str] | None = None
+
+
+class _Lease:
+    """KV cache that executor `reader` fetches for its `for_task`. `offered`: how many blocks, from the first on."""
+
+    __slots__ = ("for_task", "offered", "reader")
+
+    def __init__(self, reader: str, for_task: int) -> None:
+        self.reader = reader
+        self.for_task = for_task
+        self.offered = 0
+
+
 class Master:
     """Runs the tasks of one engine, of any kind. `name`: the executor that its events speak for."""
 
@@ -50,9 +77,8 @@ class Master:
         self.core = EngineCore(config, fetch_cost)
         self._outbox = outbox
         self._entries: dict[int, _Entry] = {}
-        self._fetches: dict[int, tuple[Fetch, KvSource]] = {}
-        self._copying: set[int] = set()
-        self._leases: dict[int, str] = {}
+        self._fetches: dict[int, _Fetching] = {}
+        self._leases: dict[int, _Lease] = {}
         self._lost: set[str] = set()
         # When each step of decodes ended that somebody may ask for.
         self._step_ends = array("q")
@@ -76,11 +102,11 @@ class Master:
             case KvRequested():
                 self._lease(message)
             case KvOffered():
-                self._start_transfer(message, now)
+                self._offered(message, now)
             case KvReleased():
-                self._end_lease(message.task_id)
+                self._released(message.task_id, message.by)
             case KvFetched():
-                self._fetched(message.task_id, message.success, now)
+                self._copied(message.task_id, message.success, now)
             case KvMoved():
                 self.core.moved(message.ticket, message.success)
             case ReleaseContext():
@@ -94,6 +120,10 @@ class Master:
         plan = self.core.schedule()
         if self.core.fetches and self._request_fetches() and plan is None:
             plan = self.core.schedule()
+        if self.core.begun:
+            self._announce()
+        if self.core.followed:
+            self._offer_computing()
         if self.core.rtc.moves:
             self._outbox.moves += self.core.rtc.moves
             self.core.rtc.moves.clear()
@@ -117,12 +147,11 @@ class Master:
             source = fetch.sequence.task.kv
             assert source is not None
             task_id = fetch.sequence.task_id
-            self._fetches[task_id] = (fetch, source)
-            if fetch.skip >= fetch.tokens:  # all of it is cached here
-                self._outbox.peers.append((source.executor, KvReleased(source.task_id, self.name)))
-                del self._fetches[task_id]
-                self.core.fetched(task_id, True)
-                complete = True
+            fetching = self._fetches[task_id] = _Fetching(fetch, source)
+            # Where all of it is cached here; but of a source that sends early it is not known whether it is done.
+            if fetch.skip >= fetch.tokens and self.core.config.kv_transfer == "by_request":
+                fetching.whole = complete = True
+                self._go_on(task_id, self._now)
             else:
                 self._outbox.peers.append((source.executor, KvRequested(source.task_id, task_id, self.name)))
         self.core.fetches.clear()
@@ -156,10 +185,14 @@ class Master:
         for sequence, tokens in result.verified:
             self._tokens_out += tokens
             self._entries[sequence.task_id].sample_times.extend([now] * tokens)
+        if self.core.followed:
+            self._offer_computed(plan)
         if result.finished:
             for sequence, held in result.finished:
                 self._finished(sequence, held, now)
             self._forget_times()
+        if self.core.followed:
+            self._offer_computing()
         if not self.core.in_flight and self._busy_since is not None:
             self._busy_ns += now - self._busy_since
             self._busy_since = None
@@ -171,6 +204,7 @@ class Master:
         """
         entry = self._entries.pop(task_id, None)
         sequence = self.core.abort(task_id, keep=False)
+        self._stop_fetching(task_id, now)
         if entry is not None and sequence is not None:
             self._fail(entry, FailureReason.ENGINE_ERROR, sequence.generated, now, detail)
         self._forget_times()
@@ -231,10 +265,12 @@ class Master:
             self._fail(entry, reason, task.generated, now)
 
     def _abort(self, task_id: int, now: int) -> None:
-        if task_id in self._leases:
+        if task_id in self._leases and task_id in self.core.held:
             return  # somebody reads these blocks: they go when the lease ends
+        self._end_lease(task_id)
         entry = self._entries.pop(task_id, None)
         sequence = self.core.abort(task_id)
+        self._stop_fetching(task_id, now)
         if entry is not None and sequence is not None:
             self._outbox.forgotten.append(task_id)
             self._emit(
@@ -252,6 +288,11 @@ class Master:
     def _finished(self, sequence: EngineSequence, held: bool, now: int) -> None:
         entry = self._entries.pop(sequence.task_id)
         self._outbox.forgotten.append(sequence.task_id)
+        if self._leases:
+            if held:
+                self._offer_rest(sequence)
+            else:
+                self._end_lease(sequence.task_id)
         times = self._token_times(sequence, entry)
         self._emit(
             TaskFinished(
@@ -294,6 +335,7 @@ class Master:
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)
+        self._end_lease(entry.task.task_id)
         self._emit(
             TaskFailed(
                 to=entry.job_executor,
@@ -308,68 +350,165 @@ class Master:
             )
         )
 
-    # -- KV cache between executors -------------------------------------------------------------------------------
+    # -- KV cache for other executors -----------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        """Prefills have begun: say so where their KV cache can be fetched from now on."""
+        for sequence in self.core.begun:
+            if sequence.status is PREFILL or sequence.status is HELD:
+                entry = self._entries[sequence.task_id]
+                self._emit(
+                    PrefillStarted(
+                        to=entry.job_executor,
+                        time=self._now,
+                        occurred=self._now,
+                        request_id=entry.task.request.request_id,
+                        task_id=sequence.task_id,
+                        executor=self.name,
+                        kv_runs=tuple(run_lengths(sequence.blocks)),
+                    )
+                )
+        self.core.begun.clear()
 
     def _lease(self, message: KvRequested) -> None:
         if message.by in self._lost:
             return  # sent before it died: nobody would end this lease
-        held = self.core.held.get(message.task_id)
-        if held is not None:
-            self._leases[message.task_id] = message.by
-        blocks, size = None if held is None else list(held.blocks), self.core.config.block_tokens
-        self._outbox.peers.append((message.by, KvOffered(message.task_id, message.for_task, self.name, blocks, size)))
+        task_id, core = message.task_id, self.core
+        lease = _Lease(message.by, message.for_task)
+        if (held := core.held.get(task_id)) is not None:
+            self._leases[task_id] = lease
+            self._offer(task_id, lease, list(held.blocks), more=False)
+        elif (
+            (sequence := core.sequence(task_id)) is not None
+            and core.config.kv_transfer != "by_request"
+            and (sequence.status is PREFILL or sequence.status is HELD)
+        ):
+            self._leases[task_id] = lease
+            core.followed.add(task_id)
+            self._offer_up_to(sequence, core.computed_here(sequence))
+            self._offer_computing()
+        else:  # it is not here (any more), or gave way to others and waits
+            self._offer(task_id, lease, None, more=False)
+
+    def _offer(
+        self, task_id: int, lease: _Lease, blocks: list[int] | None, more: bool, step: int | None = None
+    ) -> None:
+        size, first = self.core.config.block_tokens, lease.offered
+        lease.offered += len(blocks or ())
+        offer = KvOffered(task_id, lease.for_task, self.name, blocks, size, first, more, step)
+        self._outbox.peers.append((lease.reader, offer))
+
+    def _offer_up_to(self, sequence: EngineSequence, tokens: int) -> None:
+        """The blocks that are full of what is computed, and were not offered."""
+        lease, full = self._leases[sequence.task_id], tokens // self.core.config.block_tokens
+        if full > lease.offered:
+            self._offer(sequence.task_id, lease, sequence.blocks[lease.offered : full], more=True)
+
+    def _offer_computed(self, plan: Plan) -> None:
+        """What has come with a plan of prefills that others follow; with the last chunk of one, `_offer_rest`."""
+        for chunk in plan.chunks:
+            if not chunk.samples and chunk.sequence.task_id in self.core.followed:
+                self._offer_up_to(chunk.sequence, chunk.start + chunk.tokens)
+
+    def _offer_computing(self) -> None:
+        """Last chunks that the device has begun, where each layer is sent when it is there."""
+        if self.core.config.kv_transfer != "by_layer" or not self.core.in_flight:
+            return
+        plan = self.core.in_flight[0]
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if chunk.samples and sequence.task_id in self.core.followed:
+                lease = self._leases[sequence.task_id]
+                rest = sequence.blocks[lease.offered :]
+                if rest:
+                    self._offer(sequence.task_id, lease, rest, more=True, step=plan.number)
+
+    def _offer_rest(self, sequence: EngineSequence) -> None:
+        """A prefill is done, and held."""
+        lease = self._leases.get(sequence.task_id)
+        if lease is not None:
+            self.core.followed.discard(sequence.task_id)
+            self._offer(sequence.task_id, lease, sequence.blocks[lease.offered :], more=False)
 
     def _end_lease(self, task_id: int) -> None:
-        self._leases.pop(task_id, None)
-        self.core.release_held(task_id)
+        """Nobody reads this any more: also where a prefill ends that came to nothing. The job executor, who hears of
+        that, asks the reader's task back; what it read is of no use to anyone.
+        """
+        if self._leases.pop(task_id, None) is not None:
+            self.core.followed.discard(task_id)
 
-    def _start_transfer(self, message: KvOffered, now: int) -> None:
-        task_id = message.for_task
-        if task_id not in self._fetches:
+    def _released(self, task_id: int, reader: str) -> None:
+        """The reader has what it wanted, wants it no more, or needs none of it; or another one reads by now."""
+        lease = self._leases.get(task_id)
+        if lease is None or lease.reader == reader:
+            self._end_lease(task_id)
+            self.core.release_held(task_id)
+
+    # -- KV cache from other executors ----------------------------------------------------------------------------
+
+    def _offered(self, message: KvOffered, now: int) -> None:
+        """Start copying what is new of it."""
+        task_id, size = message.for_task, self.core.config.block_tokens
+        fetching = self._fetches.get(task_id)
+        if fetching is None:
             return
-        fetch, _ = self._fetches[task_id]
-        if message.blocks is None or task_id not in self._entries:
-            self._fetched(task_id, False, now)
-            return
-        size = self.core.config.block_tokens
-        if message.block_tokens != size:
+        if message.blocks is None:
+            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+        elif message.block_tokens != size:
             said = (
                 f"{message.source} keeps {message.block_tokens} tokens per KV cache block and {self.name} {size}: give "
                 "prefill and decode executors the same block_tokens"
             )
-            self._fetched(task_id, False, now, FailureReason.INVALID, said)
-            return
-        span = slice(fetch.skip // size, -(-fetch.tokens // size))
-        blocks = fetch.sequence.blocks
-        self._copying.add(task_id)
-        self._outbox.transfers.append(Transfer(task_id, message.source, message.blocks[span], blocks[span]))
+            fetching.failed = (FailureReason.INVALID, said)
+        elif fetching.failed is None:
+            fetching.whole = not message.more
+            fetch = fetching.fetch
+            first = max(message.first, fetch.skip // size)
+            end = min(message.first + len(message.blocks), -(-fetch.tokens // size))
+            if first < end:
+                fetching.copying += 1
+                source_blocks = message.blocks[first - message.first : end - message.first]
+                blocks = fetch.sequence.blocks[first:end]
+                self._outbox.transfers.append(Transfer(task_id, message.source, source_blocks, blocks, message.step))
+        self._go_on(task_id, now)
 
-    def _fetched(
-        self,
-        task_id: int,
-        success: bool,
-        now: int,
-        reason: FailureReason = FailureReason.KV_LOST,
-        detail: str = "",
-    ) -> None:
-        """A fetch is over; `reason` and `detail` of a failed one."""
-        if task_id not in self._fetches:
+    def _copied(self, task_id: int, success: bool, now: int) -> None:
+        fetching = self._fetches.get(task_id)
+        if fetching is None:
             return
-        _, source = self._fetches.pop(task_id)
-        self._copying.discard(task_id)
-        self._outbox.peers.append((source.executor, KvReleased(source.task_id, self.name)))
-        lost = self.core.fetched(task_id, success)
+        fetching.copying -= 1
+        if not success:
+            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+        self._go_on(task_id, now)
+
+    def _stop_fetching(self, task_id: int, now: int) -> None:
+        """A task is over that may be waiting for its KV cache: a copy under way goes on, and nothing else."""
+        fetching = self._fetches.get(task_id)
+        if fetching is not None:
+            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+            self._go_on(task_id, now)
+
+    def _go_on(self, task_id: int, now: int) -> None:
+        """A fetch that is over: its sequence decodes, or its task has failed. No block is written any more."""
+        fetching = self._fetches[task_id]
+        if fetching.copying or not (fetching.whole or fetching.failed):
+            return
+        del self._fetches[task_id]
+        self._outbox.peers.append((fetching.source.executor, KvReleased(fetching.source.task_id, self.name)))
+        lost = self.core.fetched(task_id, fetching.failed is None)
         if lost is not None:
+            reason, detail = fetching.failed or (FailureReason.KV_LOST, "")
             self._fail(self._entries.pop(task_id), reason, lost.generated, now, detail)
 
     def _peer_lost(self, executor: str, now: int) -> None:
         self._lost.add(executor)
-        for task_id, reader in list(self._leases.items()):
-            if reader == executor:
-                self._end_lease(task_id)
-        for task_id, (_, source) in list(self._fetches.items()):
-            if source.executor == executor and task_id not in self._copying:  # a copy under way ends by itself
-                self._fetched(task_id, False, now)
+        for task_id, lease in list(self._leases.items()):
+            if lease.reader == executor:
+                self._released(task_id, executor)
+        for task_id, fetching in list(self._fetches.items()):
+            if fetching.source.executor == executor and not fetching.whole:  # else a copy under way ends by itself
+                fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+                self._go_on(task_id, now)
 
     def _drop_ends(self) -> None:
         """Forget times that no sequence will ask for any more, where there are many."""

@@ -50,6 +50,10 @@ class KvOffered(msgspec.Struct, frozen=True, tag=True):
     """The answer: the blocks, leased until `KvReleased`; None where the KV cache is not held (any more).
 
     `block_tokens`: positions per block, the same at both ends of a transfer.
+
+    Of a prefill in progress several come, each with the blocks from place `first` of the context on that are new. With
+    `more`, others follow; the one without it says that the prefill is done. `step`: the plan in which the source
+    computes these blocks just now, layer by layer.
     """
 
     task_id: int
@@ -57,6 +61,9 @@ class KvOffered(msgspec.Struct, frozen=True, tag=True):
     source: str
     blocks: list[int] | None
     block_tokens: int = BLOCK_TOKENS
+    first: int = 0
+    more: bool = False
+    step: int | None = None
 
 
 class KvReleased(msgspec.Struct, frozen=True, tag=True):

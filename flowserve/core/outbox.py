@@ -8,12 +8,16 @@ from flowserve.core.tiers import Move
 
 
 class Transfer(NamedTuple):
-    """KV cache for the data plane to copy, block for block, from executor `source`; answer it with `KvFetched`."""
+    """KV cache for the data plane to copy, block for block, from executor `source`; answer it with `KvFetched`.
+
+    `step`: the plan of the source that computes these blocks: each layer is copied as soon as it is there.
+    """
 
     task_id: int
     source: str
     source_blocks: list[int]
     blocks: list[int]
+    step: int | None = None
 
 
 class Outbox:

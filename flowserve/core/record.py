@@ -95,20 +95,20 @@ def transfers(executor: str, turns: Iterable[TurnRecord]) -> Iterator[TransferSp
     they are not recorded.
     """
     sources: dict[int, str] = {}
-    asked: dict[int, tuple[int, int]] = {}
+    asked: dict[int, deque[tuple[int, int]]] = {}
     for turn in turns:
         for message in turn.messages:
             match message:
                 case KvOffered():
                     sources[message.for_task] = message.source
-                case KvFetched() if message.task_id in asked:
-                    start, blocks = asked.pop(message.task_id)
-                    source = sources.pop(message.task_id)
+                case KvFetched() if asked.get(message.task_id):
+                    start, blocks = asked[message.task_id].popleft()
+                    source = sources[message.task_id]
                     yield TransferSpan(source, executor, start, turn.start_ns, blocks, 0, 0, message.task_id)
                 case _:
                     pass
         for task_id, _, blocks_ in turn.transfers:
-            asked[task_id] = turn.end_ns, len(blocks_)
+            asked.setdefault(task_id, deque()).append((turn.end_ns, len(blocks_)))
 
 
 def spans(executor: str, turns: Iterable[TurnRecord]) -> Iterator[StepSpan]:

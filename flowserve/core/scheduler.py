@@ -68,11 +68,15 @@ class EngineCore:
         self._takes_all = type(self.chunking).prompt_tokens is ChunkPolicy.prompt_tokens
         self._size = config.block_tokens
         self._tiered = config.tiers.blocks > 0
+        self._sends_early = config.kv_transfer != "by_request"
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
         self.failed: list[tuple[Sequence, FailureReason]] = []
         self.fetches: list[Fetch] = []
+        # Prefills that have begun, where that is to be said; and those whose KV cache another engine fetches meanwhile.
+        self.begun: list[Sequence] = []
+        self.followed: set[int] = set()
         self.preemptions = 0
         self.waiting_tokens = 0
         self._sequences: dict[int, Sequence] = {}
@@ -158,8 +162,7 @@ class EngineCore:
         if self.rtc.query_populate(transit):
             assert sequence.node is not None
             sequence.blocks = self.rtc.path_blocks(sequence.node) + sequence.blocks[sequence.tree_blocks :]
-            sequence.status = PREFILL
-            self._prefilling[sequence.task_id] = sequence
+            self._begin(sequence)
         else:
             self._leave_batch(sequence)
             self._drop_blocks(sequence)
@@ -299,6 +302,8 @@ class EngineCore:
         sequence = chunk.sequence
         if chunk.samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
             return 0
+        if sequence.task_id in self.followed:  # each chunk is sent when it is there
+            return 0
         if next(iter(self._prefilling.values())) is not sequence:
             return 0
         return (sequence.target - sequence.computed - 1) // chunk.tokens
@@ -347,6 +352,14 @@ class EngineCore:
 
     def sequence(self, task_id: int) -> Sequence | None:
         return self._sequences.get(task_id)
+
+    def computed_here(self, sequence: Sequence) -> int:
+        """Positions of a prompt whose KV cache is there, by completed plans."""
+        for plan in self.in_flight:
+            for chunk in plan.chunks:
+                if chunk.sequence is sequence:
+                    return chunk.start
+        return sequence.computed
 
     def decoding(self) -> Iterator[Sequence]:
         """Sequences that decode, in order of joining."""
@@ -462,9 +475,15 @@ class EngineCore:
             sequence.status, sequence.target = FETCHING, target
             self.fetches.append(Fetch(sequence, sequence.computed, target))
         else:
-            sequence.status = PREFILL
-            self._prefilling[sequence.task_id] = sequence
+            self._begin(sequence)
         return sequence
+
+    def _begin(self, sequence: Sequence) -> None:
+        """All that its prompt needs is there."""
+        sequence.status = PREFILL
+        self._prefilling[sequence.task_id] = sequence
+        if self._sends_early and sequence.task.kind is TaskKind.PREFILL and self._remaining(sequence) > 1:
+            self.begun.append(sequence)
 
     def _match(self, sequence: Sequence, ids: BlockIds, limit: int) -> Match:
         """What of a context is preserved: by its tokens, or, where only contexts with an ID are, by that."""
@@ -640,9 +659,11 @@ class EngineCore:
         return verified
 
     def _victim(self) -> Sequence:
-        """One that computes here: a transfer in progress cannot be taken back."""
-        computing = (DECODE, PREFILL, SPECULATE)
-        victim = self.victim.choose(s for s in reversed(self._running.values()) if s.status in computing)
+        """One that computes here: a transfer in progress cannot be taken back, neither from here nor to here."""
+        computing, followed = (DECODE, PREFILL, SPECULATE), self.followed
+        victim = self.victim.choose(
+            s for s in reversed(self._running.values()) if s.status in computing and s.task_id not in followed
+        )
         assert isinstance(victim, Sequence)
         return victim
 

@@ -1,4 +1,4 @@
-"""How KV cache blocks lie in memory, and are grouped into few large copies when they move between engines."""
+"""How KV cache blocks lie in memory, when they move between engines, and how they are grouped into few large copies."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,10 +9,22 @@ KvLayout = Literal["layer_major", "block_major"]
 each block has all its layers together (FlowKV, arXiv 2504.03775, section 3).
 """
 
+KvTransfer = Literal["by_request", "by_chunk", "by_layer"]
+"""When a prefilled KV cache is sent: when all of it is computed; each chunk of the prompt when it is computed; or so,
+and the last chunk layer by layer while it is (by request and by layer: DeepServe, arXiv 2501.14417, section 4.5).
+"""
+
 
 def pieces_per_run(layout: KvLayout, layers: int) -> int:
     """Pieces of memory over which a run of consecutive blocks is scattered."""
     return 1 if layout == "block_major" else 2 * layers
+
+
+def pieces_by_layer(layout: KvLayout, layers: int, runs: Sequence[int]) -> int:
+    """Pieces of memory that runs of such lengths are sent in layer by layer: each layer's keys and values by themselves
+    or, where they lie side by side in each block, each layer of each block.
+    """
+    return 2 * layers * len(runs) if layout == "layer_major" else layers * sum(runs)
 
 
 def run_lengths(blocks: Sequence[int]) -> list[int]:

@@ -69,6 +69,7 @@ class EngineLoop:
         self._intake = Intake(runner.eos)
         self._done: list[Message] = []
         self._payloads: dict[int, Payload] = {}
+        self._incomplete: set[int] = set()
         self._handles: dict[str, KvHandle | None] = {}
         self._shell = TaskExecutor(
             setup.executor, setup.spec, setup.engine, setup.report_to, setup.report_period_ns, fetch_cost
@@ -153,16 +154,32 @@ class EngineLoop:
                 self._payloads[message.task.task_id] = received.payload
             elif isinstance(message, KvOffered):
                 self._handles[message.source] = received.handle
+                if received.payload is not None:
+                    self._payloads[message.for_task] = received.payload
             messages.append(message)
 
     def _take(self, message: Message, now: int) -> None:
         if not isinstance(message, Dispatch):
+            if isinstance(message, KvOffered) and (all_of_it := self._payloads.pop(message.for_task, None)):
+                self._complete(message.for_task, all_of_it, now)
             self._shell.receive(message, now)
             return
         request, task_id = message.task.request, message.task.task_id
         payload = self._payloads.pop(task_id)
         known = (payload.answer and payload.answer.block_ids) or request.block_ids
         self._shell.receive(message, now, identity.of_context(request.request_id, request.max_tokens, known))
+        if len(payload.tokens) < message.task.context_tokens:
+            self._incomplete.add(task_id)  # its prefill is under way, and yields the token that is missing
+        else:
+            self._begin(task_id, payload, now)
+
+    def _complete(self, task_id: int, payload: Payload, now: int) -> None:
+        """The tokens of a task, which may be over meanwhile, are known now."""
+        if task_id in self._incomplete:
+            self._incomplete.discard(task_id)
+            self._begin(task_id, payload, now)
+
+    def _begin(self, task_id: int, payload: Payload, now: int) -> None:
         self._intake.add(task_id, payload)
         try:
             self._runner.add(task_id, payload)
@@ -175,6 +192,7 @@ class EngineLoop:
         in_flight = self._shell.core.in_flight
         for task_id in outbox.forgotten:
             self._runner.remove(task_id)
+            self._incomplete.discard(task_id)
             self._intake.forget(task_id, in_flight[-1].number if in_flight else None)
         for _, message in outbox.peers:
             if isinstance(message, KvOffered) and message.blocks is not None:

@@ -78,7 +78,11 @@ class WorkerSetup(msgspec.Struct, frozen=True):
 
 
 class Deliver(msgspec.Struct, frozen=True, tag=True):
-    """A message for the shell; `payload` comes with a dispatch, `handle` with an offer of KV cache."""
+    """A message for the shell; `payload` comes with a dispatch, `handle` with an offer of KV cache.
+
+    The payload of a task that was dispatched before its last token was known comes again, with all tokens, with the
+    last offer of its KV cache.
+    """
 
     message: Message
     payload: Payload | None = None

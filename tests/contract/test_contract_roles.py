@@ -31,6 +31,18 @@ def open_shared(driver: Driver, request_id: int, output: int = 5) -> Request:
     return request
 
 
+def test_an_executor_that_changed_sides_decodes_what_it_holds(driver: Driver) -> None:
+    """It fetches from itself, as from any other."""
+    driver.launch("te-0", Role.PREFILL)
+    request = driver.open(0, prompt=100, output=5)
+    held = driver.prefill("te-0", request, 0)
+    driver.submit(SwitchRole("te-0", Role.DECODE))
+    driver.wait(ev.RoleSwitched)
+    driver.dispatch("te-0", request, 1, TaskKind.DECODE, generated=1, kv=held)
+    assert driver.wait(ev.TaskFinished, task_id=1).generated == 5
+    driver.wait(ev.LoadReport, to="cm", free_blocks=2000, generated_tokens=5)
+
+
 @pytest.mark.parametrize("role", [Role.DECODE, Role.COLOCATED])
 def test_a_prefill_executor_changes_sides_with_its_cache(driver: Driver, role: Role) -> None:
     """What it held is still fetched, the old kind of task goes back, and the new kind hits the prefix it computed."""

@@ -75,6 +75,72 @@ def test_prefill_and_decode_apart(driver: Driver) -> None:
     assert free.occurred >= held.occurred
 
 
+EARLY = EngineConfig(kv_blocks=2000, token_budget=256, kv_transfer="by_chunk")
+"""Sends KV cache while it is computed: prompts of 1000 tokens in four chunks."""
+
+
+@pytest.mark.parametrize("limit", [12, 50])
+def test_a_decode_task_placed_while_the_prefill_is_under_way(make_driver: Callable[..., Driver], limit: int) -> None:
+    """The prefill executor says when its KV cache can be asked for; decoding goes on behind its first token."""
+    driver = make_driver(engine=EARLY)
+    driver.launch("p", Role.PREFILL)
+    driver.launch("d", Role.DECODE)
+    request = driver.open(0, prompt=1000, output=12, limit=limit)
+    driver.dispatch("p", request, 0, TaskKind.PREFILL)
+    started = driver.wait(ev.PrefillStarted)
+    assert (started.to, started.request_id, started.task_id, started.executor) == ("je", 0, 0, "p")
+    assert sum(started.kv_runs) == 63
+    assert not driver.of(ev.FirstToken)
+    driver.dispatch("d", request, 1, TaskKind.DECODE, generated=1, kv=KvSource("p", 0, started.kv_runs))
+    prefilled = driver.wait(ev.TaskFinished, task_id=0)
+    assert (prefilled.generated, prefilled.tokens, prefilled.stopped) == (1, 1, False)
+    decoded = driver.wait(ev.TaskFinished, task_id=1)
+    assert (decoded.executor, decoded.generated, decoded.tokens, decoded.stopped) == ("d", 12, 11, True)
+    assert decoded.last_token_ns - sum(decoded.token_gaps_ns) > prefilled.last_token_ns
+    assert len(driver.of(ev.FirstToken)) == 1
+    driver.wait(ev.LoadReport, to="cm", executor="p", free_blocks=2000, generated_tokens=1)
+
+
+def test_a_decode_task_placed_early_may_be_let_go(make_driver: Callable[..., Driver]) -> None:
+    """Before or after its prefill is: each is answered once, nothing is kept, and the next request is served."""
+    driver = make_driver(engine=EARLY, step_s=0.02)
+    driver.launch("p", Role.PREFILL)
+    driver.launch("d", Role.DECODE)
+    for number, order in enumerate((("p", "d"), ("d", "p"))):
+        tasks = {"p": 10 * number, "d": 10 * number + 1}
+        request = driver.open(number, prompt=1000, output=12)
+        driver.dispatch("p", request, tasks["p"], TaskKind.PREFILL)
+        driver.wait(ev.PrefillStarted)
+        driver.dispatch("d", request, tasks["d"], TaskKind.DECODE, generated=1, kv=KvSource("p", tasks["p"]))
+        driver.pause(0.03)
+        for name in order:
+            driver.abort(name, tasks[name])
+            driver.wait(ev.TaskAborted, task_id=tasks[name])
+        driver.end(number, outcome=Outcome.CANCELLED)
+    for number, order in enumerate((("p", "d"), ("d", "p"))):
+        assert len(driver.of(ev.TaskAborted, request_id=number)) == len(order)
+    request = driver.open(5, prompt=1000, output=12)
+    source = driver.prefill("p", request, 50)
+    driver.dispatch("d", request, 51, TaskKind.DECODE, generated=1, kv=source)
+    assert driver.wait(ev.TaskFinished, task_id=51).generated == 12
+
+
+def test_a_prefill_executor_that_dies_early(make_driver: Callable[..., Driver]) -> None:
+    """Both tasks come back, as lost, and the decode executor is as good as new."""
+    driver = make_driver(engine=EARLY, step_s=0.02)
+    driver.launch("p", Role.PREFILL)
+    driver.launch("d", Role.DECODE)
+    request = driver.open(0, prompt=1000, output=12)
+    driver.dispatch("p", request, 0, TaskKind.PREFILL)
+    driver.wait(ev.PrefillStarted)
+    driver.dispatch("d", request, 1, TaskKind.DECODE, generated=1, kv=KvSource("p", 0))
+    driver.pause(0.03)
+    kill(driver.cluster, "p")
+    assert driver.wait(ev.TaskFailed, task_id=0).reason is FailureReason.EXECUTOR_LOST
+    assert driver.wait(ev.TaskFailed, task_id=1).reason is FailureReason.KV_LOST
+    driver.wait(ev.LoadReport, to="cm", executor="d", free_blocks=2000)
+
+
 def test_a_decode_task_alone_on_idle_executors(driver: Driver) -> None:
     """The fetched KV cache is used as soon as it is there, though no other message comes to wake the executor."""
     driver.launch("p", Role.PREFILL)

@@ -52,6 +52,7 @@ EVENTS: list[Event] = [
     ev.RequestArrived(**AT, request=REQUEST),
     ev.CancelRequested(**AT, request_id=3),
     ev.FirstToken(**AT, **TASK),
+    ev.PrefillStarted(**AT, **TASK, kv_runs=(2, 1)),
     ev.TaskProgress(**AT, executor="te-1", generated=((1, 2), (3, 4))),
     ev.TaskFinished(
         **AT,

@@ -88,6 +88,19 @@ class Desk:
             )
         )
 
+    def started(self, dispatch: DispatchTask) -> list[Action]:
+        return self.hear(
+            ev.PrefillStarted(
+                to="je-0",
+                time=self.now,
+                occurred=self.now,
+                request_id=dispatch.task.request.request_id,
+                task_id=dispatch.task.task_id,
+                executor=dispatch.executor,
+                kv_runs=(7,),
+            )
+        )
+
     def finished(self, dispatch: DispatchTask, generated: int, stopped: bool = True) -> list[Action]:
         return self.hear(
             ev.TaskFinished(
@@ -327,6 +340,122 @@ def test_stale_events_are_ignored() -> None:
     desk.finished(desk.dispatched, 20)
     assert len(desk.ends) == 1
     assert desk.first_token(again) == desk.aborted(again) == []
+
+
+# -- decode tasks that are placed while the prefill is under way ----------------------------------------------------
+
+
+def under_way(*more: tuple[str, Role]) -> tuple[Desk, DispatchTask, DispatchTask]:
+    """A prefill that has begun, on p0, and its decode task, on d0."""
+    desk = disaggregated()
+    for name, role in more:
+        desk.announce(name, role)
+    desk.request()
+    prefill = desk.dispatched
+    desk.started(prefill)
+    return desk, prefill, desk.dispatched
+
+
+def test_a_decode_task_is_placed_when_its_prefill_has_begun() -> None:
+    """It goes on behind the token that the prefill will yield, and is the job's own as soon as that is done."""
+    desk, prefill, decode = under_way()
+    assert decode.executor == "d0"
+    assert decode.task == Task(1, make_request(0, 100, 20), TaskKind.DECODE, 1, KvSource("p0", 0, (7,)))
+    assert (desk.outstanding(Role.PREFILL), desk.outstanding(Role.DECODE)) == ([1], [1])
+    assert desk.first_token(prefill) == []
+    assert desk.finished(prefill, 1, stopped=False) == []
+    assert (desk.outstanding(Role.PREFILL), desk.outstanding(Role.DECODE)) == ([0], [1])
+    assert desk.finished(decode, 20) == [ended(Outcome.FINISHED, 20)]
+    assert desk.outstanding(Role.DECODE) == [0]
+
+
+def test_a_prefill_that_begins_twice_has_one_decode_task() -> None:
+    """Preempted and begun again: nothing is placed while a task is there."""
+    desk, prefill, _ = under_way()
+    assert desk.started(prefill) == []
+
+
+def test_without_a_decode_executor_nothing_is_placed_ahead() -> None:
+    """Nor parked: the request waits when its prefill is done, as ever."""
+    desk = Desk(("p0", Role.PREFILL))
+    desk.request()
+    prefill = desk.dispatched
+    assert desk.started(prefill) == []
+    assert desk.finished(prefill, 1, stopped=False) == [ReportDemand("je-0", MODEL, 1)]
+
+
+@pytest.mark.parametrize("reason", list(FailureReason))
+def test_a_decode_task_that_fails_ahead_costs_nothing(reason: FailureReason) -> None:
+    """Whatever became of it, the prefill goes on, and another is placed behind it."""
+    desk, prefill, decode = under_way(("d1", Role.DECODE))
+    assert desk.failed(decode, reason, 1) == []
+    gone = reason in (FailureReason.EXECUTOR_LOST, FailureReason.NOT_SERVING)
+    assert (desk.je.fleet.role_of("d0") is None) == gone
+    desk.finished(prefill, 1, stopped=False)
+    again = desk.dispatched
+    assert again.executor == ("d1" if gone else "d0")
+    assert again.task.kv == KvSource("p0", 0)
+    assert desk.finished(again, 20) == [ended(Outcome.FINISHED, 20)]
+
+
+def test_a_prefill_that_is_lost_takes_its_decode_task_along() -> None:
+    """It is asked back; while it is not back, another prefill has its decode task placed when it is done."""
+    desk, prefill, decode = under_way(("p1", Role.PREFILL))
+    desk.failed(prefill, FailureReason.EXECUTOR_LOST)
+    assert desk.last[0] == AbortTask("d0", 1)
+    again = desk.dispatched
+    assert (again.executor, again.task.kind, again.task.generated) == ("p1", TaskKind.PREFILL, 0)
+    assert desk.started(again) == []
+    desk.finished(again, 1, stopped=False)
+    after = desk.dispatched
+    assert after.task.kv == KvSource("p1", 2)
+    assert desk.aborted(decode, 1) == []
+    assert desk.outstanding(Role.DECODE) == [1]
+    assert desk.finished(after, 20) == [ended(Outcome.FINISHED, 20)]
+
+
+def test_a_request_that_ends_with_its_prefill_waits_for_its_other_task() -> None:
+    """The one token was the last: the decode task is asked back, and when it is, the request has ended."""
+    desk, prefill, decode = under_way()
+    assert desk.finished(prefill, 1) == [AbortTask("d0", 1)]
+    assert desk.cancel() == []
+    assert desk.je.open_jobs == 1
+    assert desk.failed(decode, FailureReason.KV_LOST, 1) == [ended(Outcome.FINISHED, 1)]
+    assert desk.je.open_jobs == 0
+    assert desk.outstanding(Role.DECODE) == [0]
+
+
+def test_cancel_asks_both_tasks_back() -> None:
+    """The request ends with the last of them, whichever that is."""
+    for first in ("prefill", "decode"):
+        desk, prefill, decode = under_way()
+        assert desk.cancel() == [AbortTask("p0", 0), AbortTask("d0", 1)]
+        if first == "prefill":
+            assert desk.aborted(prefill) == []
+            assert desk.aborted(decode, 1) == [ended(Outcome.CANCELLED, 0)]
+        else:
+            assert desk.aborted(decode, 1) == []
+            assert desk.aborted(prefill) == [ended(Outcome.CANCELLED, 0)]
+
+
+def test_cancel_meets_the_end_of_a_prefill() -> None:
+    """Both tasks got further than the cancellation: what is held is let go, and the tokens count."""
+    desk, prefill, decode = under_way()
+    desk.cancel()
+    assert desk.finished(prefill, 1, stopped=False) == [AbortTask("p0", 0)]
+    assert desk.aborted(decode, 3) == [ended(Outcome.CANCELLED, 3)]
+
+
+def test_a_decode_task_placed_ahead_may_be_lost_behind_its_prefill() -> None:
+    """From the end of the prefill on it is like any other."""
+    desk, prefill, decode = under_way()
+    desk.finished(prefill, 1, stopped=False)
+    desk.failed(decode, FailureReason.KV_LOST, 1)
+    assert desk.last[0] == AbortTask("p0", 0)
+    assert (desk.dispatched.task.kind, desk.dispatched.task.generated) == (TaskKind.PREFILL, 1)
+    retry = desk.dispatched
+    desk.started(retry)
+    assert (desk.dispatched.task.generated, desk.dispatched.task.kv) == (2, KvSource("p0", 2, (7,)))
 
 
 # -- cancellation ---------------------------------------------------------------------------------------------------

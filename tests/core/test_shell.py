@@ -28,9 +28,11 @@ from flowserve.core.outbox import Transfer
 from flowserve.core.plan import Plan
 from flowserve.core.sequence import Status
 from flowserve.core.task_executor import TaskExecutor
+from flowserve.core.transfer import KvTransfer
 from tests.builders import make_request, make_spec, make_task
 
 STEP = 10
+KV_TRANSFERS: tuple[KvTransfer, ...] = ("by_request", "by_chunk", "by_layer")
 
 
 class Bench:
@@ -553,8 +555,9 @@ def test_a_fetched_task_that_ends_with_a_recomputed_prompt_keeps_its_times_in_or
     blocks=st.integers(6, 20),
     delay=st.integers(0, 3),
     switch=st.none() | st.integers(0, 40),
+    kv_transfer=st.sampled_from(KV_TRANSFERS),
 )
-@settings(max_examples=150)
+@settings(max_examples=250)
 def test_aborts_at_any_moment_leave_nothing_behind(
     events: list[tuple[int, int, int, int]],
     aborts: dict[int, int],
@@ -562,15 +565,17 @@ def test_aborts_at_any_moment_leave_nothing_behind(
     blocks: int,
     delay: int,
     switch: int | None,
+    kv_transfer: KvTransfer,
 ) -> None:
     """Prefill here and decode there, with messages that take their time, and every task may be let go of at any turn,
     perhaps while the prefill executor has switched sides: each ends once, and all blocks are free in the end.
     """
-    config = EngineConfig(blocks, 16, 32, 4, depth)
+    config = EngineConfig(blocks, 16, 32, 4, depth, kv_transfer=kv_transfer)
     benches = {"p": Bench(Role.PREFILL, config, "p"), "d": Bench(Role.DECODE, config, "d")}
     post: list[tuple[int, str, Message]] = []
     seen = {"p": 0, "d": 0}
     ended: dict[int, str] = {}
+    started: set[int] = set()
     requests = {number: (prompt, limit) for number, (_, prompt, _, limit) in enumerate(events)}
     for number, (at, prompt, output, limit) in enumerate(events):
         benches["p"].stops[number], benches["d"].stops[number + 100] = output, output - 1
@@ -580,14 +585,24 @@ def test_aborts_at_any_moment_leave_nothing_behind(
     for turn in range(2000):
         for number, at in aborts.items():
             if at == turn and number in requests:
-                post += [(turn, "p", Abort(number)), (turn, "d", Abort(number + 100))]
+                # To where a decode task may be on its way, an abort is on its way behind it.
+                late = 0 if kv_transfer == "by_request" else delay + 1
+                post += [(turn, "p", Abort(number)), (turn + late, "d", Abort(number + 100))]
         due, post = [each for each in post if each[0] <= turn], [each for each in post if each[0] > turn]
         for _, name, message in due:
             benches[name].give(message)
         for name, bench in benches.items():
             bench.step()
             for event in bench.events[seen[name] :]:
-                if isinstance(event, ev.TaskFinished) and not event.stopped:
+                placed = isinstance(event, ev.TaskFinished) and not event.stopped
+                if kv_transfer != "by_request":
+                    if isinstance(event, ev.TaskFailed | ev.TaskAborted) or (
+                        isinstance(event, ev.TaskFinished) and event.stopped
+                    ):
+                        post.append((turn + delay + 1, "d", Abort(event.task_id + 100)))
+                    placed = isinstance(event, ev.PrefillStarted) and event.task_id not in started
+                if placed:
+                    started.add(event.task_id)
                     number, (prompt, limit) = event.task_id, requests[event.task_id]
                     task = Task(
                         number + 100, make_request(number, prompt, limit), TaskKind.DECODE, 1, KvSource("p", number)

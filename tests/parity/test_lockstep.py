@@ -1,6 +1,7 @@
 """A simulated engine, given the step durations and message order of a real one, schedules the same, plan by plan."""
 
 import random
+from collections import Counter
 from typing import NamedTuple
 
 import msgspec
@@ -63,6 +64,8 @@ class Recorded(NamedTuple):
         ("tiered", 2, 0),
         ("colocated", 1, 3),
         ("disaggregated", 2, 2),
+        ("by chunk", 1, 0),
+        ("by chunk", 3, 0),
     ],
     ids=lambda param: f"{param[0]}, {param[1]} in flight, {param[2]} guesses",
 )
@@ -71,11 +74,13 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     kind, in_flight, guesses = request.param
     folder = tmp_path_factory.mktemp(kind)
     limits = msgspec.structs.replace(TIERED if kind == "tiered" else SMALL, max_in_flight=in_flight)
+    if kind == "by chunk":
+        limits = msgspec.structs.replace(limits, kv_transfer="by_chunk")
     if guesses:  # fewer blocks: with guesses the same load is done sooner
         limits = msgspec.structs.replace(limits, kv_blocks=36, token_budget=128, speculative_tokens=guesses)
     groups = (
         [clusters.group(Role.PREFILL, 1), clusters.group(Role.DECODE, 1)]
-        if kind == "disaggregated"
+        if kind in ("disaggregated", "by chunk")
         else [clusters.group(Role.COLOCATED, 2)]
     )
     clusters.run(clusters.real(limits, record=True), folder, workload(), groups, RoundRobin())
@@ -119,7 +124,9 @@ def test_the_record_has_what_is_compared(recorded: Recorded) -> None:
     ahead = max(plan.number - turn.done for turn in turns if turn.done is not None for plan in turn.plans)
     assert ahead == recorded.limits.max_in_flight - 1
     if any(name.endswith("decode") for name in recorded.engines):
-        assert any(turn.transfers for turn in turns)
+        asked = Counter(task_id for turn in turns for task_id, _, _ in turn.transfers)
+        assert asked
+        assert (max(asked.values()) > 1) == (recorded.limits.kv_transfer == "by_chunk")
     if recorded.limits.tiers.blocks:
         moved = {(move.source, move.target) for turn in turns for move in turn.moves}
         assert {(Tier.HBM, Tier.DRAM), (Tier.DRAM, Tier.HBM), (Tier.DRAM, Tier.SSD)} <= moved

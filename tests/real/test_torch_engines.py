@@ -13,6 +13,7 @@ from cluster.metrics import Slo, summarise
 from cluster.request import Answer, Arrival, Request, Trigger
 from flowserve.core.config import EngineConfig
 from flowserve.core.record import read_turns
+from flowserve.core.transfer import KvTransfer
 from flowserve.runtime.checkpoint import CheckpointShape, make_checkpoint
 from flowserve.runtime.wire import TorchDevice
 from real.cluster import Engine, RealCluster
@@ -56,8 +57,9 @@ def run_torch(
     log_dir: Path | None = None,
     in_flight: int = 1,
     drafter: Literal["ngram", "model"] | None = None,
+    kv_transfer: KvTransfer = "by_request",
 ) -> RealRun:
-    engine = msgspec.structs.replace(ENGINE, max_in_flight=in_flight)
+    engine = msgspec.structs.replace(ENGINE, max_in_flight=in_flight, kv_transfer=kv_transfer)
     if drafter is not None:
         engine = msgspec.structs.replace(engine, token_budget=80, speculative_tokens=4, drafter=drafter)
 
@@ -95,15 +97,21 @@ def test_colocated_engines_serve_and_cache(colocated: RealRun) -> None:
     assert {event.executor for event in colocated.of(ev.TaskFinished)} == {"te-0", "te-1"}
 
 
-@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize(
+    ("in_flight", "kv_transfer"), [(1, "by_request"), (2, "by_request"), (1, "by_chunk"), (2, "by_chunk")]
+)
 def test_disaggregated_engines_give_the_same_tokens(
-    colocated: RealRun, model: Path, tmp_path: Path, in_flight: int
+    colocated: RealRun, model: Path, tmp_path: Path, in_flight: int, kv_transfer: KvTransfer
 ) -> None:
     """Prefill and decode on different engines, with the KV cache moved between them, yield the very same tokens."""
-    run = run_torch(model, PAIR, log_dir=tmp_path, in_flight=in_flight)
+    run = run_torch(model, PAIR, log_dir=tmp_path, in_flight=in_flight, kv_transfer=kv_transfer)
     assert run.outputs == colocated.outputs
     turns = list(read_turns(tmp_path / "te-1.turns.jsonl"))
-    moved = {task_id: blocks for turn in turns for task_id, _, blocks in turn.transfers}
+    parts = [(task_id, blocks) for turn in turns for task_id, _, blocks in turn.transfers]
+    moved: dict[int, list[int]] = {}
+    for task_id, blocks in parts:
+        moved.setdefault(task_id, []).extend(blocks)
+    assert (len(parts) > len(moved)) == (kv_transfer == "by_chunk")
     decoded = {event.task_id: event for event in run.of(ev.TaskFinished) if event.executor == "te-1"}
     assert len(decoded) == REQUESTS
     assert set(moved) <= set(decoded)

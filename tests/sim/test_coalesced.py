@@ -193,11 +193,13 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
             order=draw(st.sampled_from(ORDERS)),
             chunking=draw(st.sampled_from(CHUNKINGS)),
             max_in_flight=draw(st.integers(1, 3)),
+            kv_transfer=draw(st.sampled_from(["by_request", "by_request", "by_chunk", "by_layer"])),
             tiers=TierConfig(
                 dram, ssd, 0.3, 0.6, draw(st.sampled_from([1, 64])), draw(st.sampled_from(["cost", "always"]))
             ),
             preemption="swap" if dram and draw(st.booleans()) else "recompute",
         ),
+        "layers": draw(st.sampled_from([1, 3])),
         "host": draw(hosts()),
         "hosts": draw(st.sampled_from([None, None, Hosts(5)])),  # at least what the run starts with
         "load": draw(st.sampled_from(LOADS)),

@@ -45,9 +45,13 @@ class Net:
         self.links = [Link(f"link {number}", rate) for number, rate in enumerate(rates)]
         self.ended: list[tuple[int, int, bool]] = []
 
-    def start(self, number: int, asked: Asked, call_s: float = 1e-4) -> None:
+    def start(self, number: int, asked: Asked, call_s: float = 1e-4, least: int = 0, lift: int | None = None) -> None:
+        """`least`: ns that it takes at least, until so many ns from now it is lifted."""
         path = Path([self.links[link] for link in asked.crosses], asked.latency_s, call_s)
-        self.network.start(path, asked.num_bytes, asked.calls, partial(self.end, number), (asked.party,))
+        end = partial(self.end, number)
+        flow = self.network.start(path, asked.num_bytes, asked.calls, end, (asked.party,), least)
+        if lift is not None:
+            self.at(lift, partial(self.network.lift, flow))
 
     def end(self, number: int, success: bool) -> None:
         self.ended.append((number, self.clock.now, success))
@@ -97,14 +101,22 @@ def check_rates(net: Net) -> None:
         ), "somebody could be faster without anybody slower"
 
 
-@given(load=loads())
-@settings(max_examples=200)
-def test_rates_are_max_min_fair_at_every_moment(load: tuple[list[float], list[Asked]]) -> None:
-    """Conservation, fairness and work conservation after every event; in the end all has arrived."""
+@given(
+    load=loads(),
+    paces=st.lists(st.tuples(st.sampled_from([0, 0, 5 * MS, 300 * MS]), st.sampled_from([None, 0, 1, 90 * MS]))),
+)
+@settings(max_examples=250)
+def test_rates_are_max_min_fair_at_every_moment(
+    load: tuple[list[float], list[Asked]], paces: list[tuple[int, int | None]]
+) -> None:
+    """Conservation, fairness and work conservation after every event; in the end all has arrived. Some come no faster
+    than their sources have the bytes, for a while or to the end.
+    """
     rates, asked = load
     net = Net(rates)
     for number, each in enumerate(asked):
-        net.at(each.at, partial(net.start, number, each))
+        least, lift = paces[number] if number < len(paces) else (0, None)
+        net.at(each.at, partial(net.start, number, each, least=least, lift=lift))
     while net.clock.next_ns is not None:
         now = net.clock.next_ns
         while net.clock.next_ns == now:
@@ -272,6 +284,43 @@ def test_crossing_a_link_twice_takes_twice() -> None:
     net.clock.run_until(1)
     assert net.links[0].asked > net.links[0].capacity
     assert [flow.rate for flow in net.flows] == [net.links[0].capacity // 3] * 2
+
+
+def test_a_flow_that_its_source_holds_back() -> None:
+    """It goes at the pace of its source, then at that of the link: 3 of 4 layers of a kB in 30 ms, and one in 1 ms."""
+    net = Net([1e6])
+    net.start(0, Asked(0, [0], 4000, 0, 0.0, "p"), least=40 * MS, lift=30 * MS)
+    run_out(net.clock)
+    assert net.ended == [(0, 31 * MS, True)]
+
+
+def test_what_a_held_back_flow_leaves_is_others() -> None:
+    """Beside a fifth of the link for one, the other has four; from the lift on each has half."""
+    net = Net([1e6])
+    net.start(0, Asked(0, [0], 4000, 0, 0.0, "p"), least=20 * MS, lift=10 * MS)
+    net.start(1, Asked(0, [0], 10**6, 0, 0.0, "q"))
+    net.clock.run_until(5 * MS)
+    assert [round(flow.rate / UNIT) for flow in net.flows] == [200_000, 800_000]
+    net.clock.run_until(12 * MS)
+    assert [round(flow.rate / UNIT) for flow in net.flows] == [500_000] * 2
+    run_out(net.clock)
+    assert net.ended[0] == (0, 14 * MS, True)  # 2000 bytes were left
+    assert net.ended[1] == (1, 1004 * MS, True)
+
+
+def test_lifting_what_is_over_changes_nothing() -> None:
+    """A flow that has ended, or was dropped, stays as it is; so does one that nothing holds back."""
+    net = Net([1e6])
+    net.start(0, Asked(0, [0], 1000, 0, 0.002, "p"), least=5 * MS, lift=6 * MS)
+    net.start(1, Asked(0, [0], 9000, 0, 0.0, "q"), least=50 * MS, lift=10 * MS)
+    net.at(8 * MS, partial(net.network.drop, "q"))
+    run_out(net.clock)
+    assert net.ended == [(0, 7 * MS, True), (1, 8 * MS, False)]
+    since = net.clock.now
+    net.start(2, Asked(0, [0], 1000, 0, 0.0, "r"), lift=0)
+    run_out(net.clock)
+    assert net.ended[2] == (2, since + MS, True)
+    assert not net.links[0].flows and net.links[0].asked == 0
 
 
 @pytest.mark.pure

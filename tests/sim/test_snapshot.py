@@ -18,6 +18,7 @@ from experiments.snapshot import State, pickled
 from experiments.task_log import TaskLog
 from flowserve.core.config import EngineConfig
 from flowserve.core.tiers import TierConfig
+from flowserve.core.transfer import KvTransfer
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.dispatch.round_robin import RoundRobin
 from policies.scaling.fixed import Fixed
@@ -114,14 +115,25 @@ SLOW = {"groups": disaggregated(2, 1), "wire": Wire(1e6, 0.01), "stages": [(Stag
 MANY = [make_arrival(number, at_s=0.03 * number, prompt=90, output=40) for number in range(30)]
 
 
-@pytest.mark.parametrize("policy", [LeastOutstanding, RoundRobin, coalesced.deepflow])
-def test_in_the_middle_of_a_transfer(policy: Any) -> None:
+@pytest.mark.parametrize(
+    ("policy", "kv_transfer"),
+    [
+        (LeastOutstanding, "by_request"),
+        (RoundRobin, "by_request"),
+        (coalesced.deepflow, "by_request"),
+        (RoundRobin, "by_chunk"),
+        (RoundRobin, "by_layer"),
+    ],
+)
+def test_in_the_middle_of_a_transfer(policy: Any, kv_transfer: KvTransfer) -> None:
     """KV cache that is under way at the snapshot arrives after it, and is decoded."""
 
     def under_way(control: ControlPlane, cluster: SimCluster, events: int) -> bool:
-        return any(executor.shell.master._copying for executor in cluster.executors.values())
+        masters = [executor.shell.master for executor in cluster.executors.values()]
+        return any(each.copying for master in masters for each in master._fetches.values())
 
-    check(MANY, {**SLOW, "policy": policy}, under_way)
+    engine = EngineConfig(kv_blocks=1000, kv_transfer=kv_transfer)
+    check(MANY, {**SLOW, "policy": policy, "engine": engine, "layers": 4}, under_way)
 
 
 def test_in_the_middle_of_a_segment() -> None:
