@@ -7,7 +7,7 @@ from cluster.vocabulary import ExecutorSpec, ExecutorState, Outcome, Role
 from cluster.work import Truth, WorkRequest, WorkTask
 
 
-class SetTimer(msgspec.Struct, frozen=True, tag=True):
+class SetTimer(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Wake `actor` with `TimerFired(name)` at `at_ns`, or at once where that is past."""
 
     actor: str
@@ -15,7 +15,7 @@ class SetTimer(msgspec.Struct, frozen=True, tag=True):
     at_ns: int
 
 
-class SubmitRequest(msgspec.Struct, frozen=True, tag=True):
+class SubmitRequest(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The client sends a request to a job executor: `RequestArrived`, and in the end one `RequestEnded`.
 
     `answer`: how the sampler's side will go on, in replays and simulations; None where a real model finds out.
@@ -33,7 +33,7 @@ class CancelRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: int
 
 
-class DispatchTask(msgspec.Struct, frozen=True, tag=True):
+class DispatchTask(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Hand a task to an executor: in the end one of `TaskFinished`, `TaskFailed`, `TaskAborted`, to `job_executor`."""
 
     job_executor: str
@@ -48,7 +48,7 @@ class AbortTask(msgspec.Struct, frozen=True, tag=True):
     task_id: int
 
 
-class EndRequest(msgspec.Struct, frozen=True, tag=True):
+class EndRequest(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The job executor's last word on a request: `RequestEnded` at the client; the frontend may forget it."""
 
     request_id: int

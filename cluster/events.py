@@ -19,7 +19,7 @@ def pack_times(times_ns: Iterable[int]) -> bytes:
     return array("q", times_ns).tobytes()
 
 
-class EventBase(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class EventBase(msgspec.Struct, frozen=True, tag=True, kw_only=True, gc=False):
     """`time`: when the actor hears of it; `occurred`: when it happened (never later than `time`)."""
 
     to: str

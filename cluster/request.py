@@ -2,6 +2,8 @@
 
 A request is an outside trigger, a job is the unit of work it becomes, a task is the operation that one executor
 runs (DeepServe section 3). Chat on a colocated executor: one job, one task; disaggregated: one job, two tasks.
+
+What is made by the million and never changed is in no reference cycle, and not tracked as if it could be (gc=False).
 """
 
 from typing import Literal
@@ -12,7 +14,7 @@ from cluster import identity
 from cluster.vocabulary import TaskKind
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """What a client sends, and all that schedulers and policies may see of it.
 
     `block_ids` name the full 16-token blocks of the prompt; None means content shared with nobody.
@@ -60,7 +62,7 @@ class Request(msgspec.Struct, frozen=True):
         return identity.unique(self.request_id) if self.block_ids is None else self.block_ids
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What the sampler will do: known to the sampler's side of a backend alone (an oracle must say that it is one).
 
     `block_ids` name the full blocks of prompt and output together, where a later turn of the session presents them.
@@ -83,7 +85,7 @@ class Trigger(msgspec.Struct, frozen=True):
             raise ValueError(f"{self}: a trigger names a request_id or a count, one of the two")
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """One row of a workload: a request that comes at a time (from the start of the run) or after a trigger."""
 
     request: Request
@@ -93,7 +95,7 @@ class Arrival(msgspec.Struct, frozen=True):
     cancel_after_ns: int | None = None
 
 
-class KvSource(msgspec.Struct, frozen=True):
+class KvSource(msgspec.Struct, frozen=True, gc=False):
     """Where the prefilled KV cache of a request lies: held for that task until it is fetched or released.
 
     `runs`: lengths in blocks of its contiguous pieces, in order; whoever fetches it takes matching ones. Empty where
@@ -105,7 +107,7 @@ class KvSource(msgspec.Struct, frozen=True):
     runs: tuple[int, ...] = ()
 
 
-class Task(msgspec.Struct, frozen=True):
+class Task(msgspec.Struct, frozen=True, gc=False):
     """One operation on one executor. `generated` tokens are with the frontend already, it goes on behind them.
     `deadline_ns`: when the request's answer is due, in the time of the run.
 

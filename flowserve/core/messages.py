@@ -7,7 +7,7 @@ from cluster.vocabulary import BLOCK_TOKENS, Role
 from cluster.work import WorkTask
 
 
-class Dispatch(msgspec.Struct, frozen=True, tag=True):
+class Dispatch(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Run this task and report to `job_executor`."""
 
     job_executor: str
