@@ -235,7 +235,8 @@ class Matrix:
 
     def _saturation(self, overrides: Sequence[str], profile: profiles.Profile) -> float:
         """Requests/s that are served where they are all there at once: simulated from the profile, no case's window."""
-        at_once = ["trace.rate=1e9", f"trace.start_s={self.settings.saturation_window_s / 1e9}"]
+        start = self.settings.saturation_window_s / 1e9
+        at_once = ["trace.rate=1e9", f"trace.start_s={start}", "warmup_s=0"]  # they all arrive in the warm-up
         own = used_profile(self._profile / "launch0" / "profile.json", profile)
         cfg = self._compose(["backend=sim", *own, *overrides, *at_once, f"trace.limit={SATURATING}"])
         folder = self._folder / "saturation" / slug(" ".join(overrides) or "all")
