@@ -1,6 +1,7 @@
 """Profiles: step times measured on a real engine, the latency model fitted to them, and the file both live in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +37,11 @@ class FitError(msgspec.Struct, frozen=True):
 class Profile(msgspec.Struct, frozen=True):
     """What `deepflow profile` writes. `coefficients_ns`, `knots`: of the fitted model of an engine that computes alone.
     `ranges`: what was measured of each part of a step's shape. `contention`: what engines that compute at once do to
-    each other. `residuals`: measured over expected time of steps the model was not fitted to, in order of time.
-    `disturbed`: share of the steps measured during which something else used the machine: left out, but where that
-    would have left next to none; None: nobody looked. Delays and start-up stages: medians in seconds, None and none
-    where a log of steps was all there was. `handover_s`: for which fetching a KV cache keeps the engine that fetches it
-    from computing; None: not measured.
+    each other. `residuals`: measured over expected time of steps the model was not fitted to, engine by engine in the
+    order of time; the machine's pace is in them. `held_out`: at that pace. `disturbed`: share of the steps measured
+    during which something else used the machine: left out, but where that would have left next to none; None: nobody
+    looked. Delays and start-up stages: medians in seconds, None and none where a log of steps was all there was.
+    `handover_s`: for which fetching a KV cache keeps the engine that fetches it from computing; None: not measured.
     """
 
     schema: str
@@ -73,13 +74,36 @@ def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
     names = Fitted.names(knots)
     if len(steps) < 2 * len(names):
         raise ValueError(f"{len(steps)} measured steps cannot fit {len(names)} coefficients: profile longer")
-    features = np.array([Fitted.features(shape, knots) for shape, _ in steps])
+    features = features_of([shape for shape, _ in steps], knots)
     times = np.array([float(duration) for _, duration in steps])
     expected = times
     for _ in range(4):
         coefficients = _non_negative(features / expected[:, None], times / expected)
         expected = np.maximum(features @ coefficients, 1.0)
     return Fitted([float(value) for value in coefficients], knots, feature_ranges(steps))
+
+
+def features_of(shapes: Sequence[StepShape], knots: Sequence[int]) -> Matrix:
+    """`Fitted.features` of many steps, a row each."""
+    tokens, attention, chunks, sequences, context, drafts = np.array(shapes, dtype=float).T
+    tokens_all = tokens + drafts
+    columns = [
+        np.ones(len(shapes)),
+        tokens > 0,
+        tokens_all,
+        attention,
+        chunks,
+        sequences > 0,
+        sequences,
+        context,
+        *(np.clip(sequences + tokens_all - low, 0, high - low) for low, high in pairwise((*knots, np.inf))),
+    ]
+    return np.column_stack(columns).astype(float)
+
+
+def expected_ns(model: Fitted, steps: Sequence[tuple[StepShape, int]]) -> Matrix:
+    """What a model says of each step, not rounded."""
+    return np.maximum(features_of([shape for shape, _ in steps], model.knots) @ model.coefficients_ns, 1.0)
 
 
 def knots_of(steps: Sequence[tuple[StepShape, int]]) -> list[int]:
@@ -113,7 +137,7 @@ def contention_of(steps: Sequence[tuple[StepShape, int]], busy: Sequence[Shares]
     contention = Contention()
     for _ in range(4):
         model = fit(alone(steps, busy, contention))
-        ratios = np.array([took / model.step_ns(shape) for shape, took in steps])
+        ratios = np.array([took for _, took in steps]) / expected_ns(model, steps)
         decodes = np.array([not shape.prefill_tokens for shape, _ in steps])
         found = [_slowed(ratios[kind], np.array(busy)[kind], np.array(engines)[kind]) for kind in (decodes, ~decodes)]
         contention = Contention(*found[0], *found[1])
@@ -144,11 +168,34 @@ def alone(
     return freed
 
 
+def paces(steps: Sequence[tuple[StepShape, int]], windows: Sequence[int]) -> list[float]:
+    """How slow the machine was during each step, for all engines alike: 1.03 took 3 % longer than on average.
+
+    `windows`: a number for each stretch of time within which a machine's pace is taken for constant. What the steps of
+    a window took, beside what steps like these take, is its pace; what they take is then fitted again at that pace.
+    """
+    places = np.unique(windows, return_inverse=True)[1]
+    took = np.array([float(duration) for _, duration in steps])
+    found = np.ones(len(steps))
+    for _ in range(3):
+        expected = expected_ns(fit(at_mean_pace(steps, found)), steps)
+        by_window = np.bincount(places, took) / np.bincount(places, expected)
+        found = by_window[places] * expected.sum() / took.sum()
+    return found.tolist()
+
+
+def at_mean_pace(steps: Sequence[tuple[StepShape, int]], pace: Iterable[float]) -> list[tuple[StepShape, int]]:
+    """The steps as long as they would have been at pace 1."""
+    return [(shape, round(took / slow)) for (shape, took), slow in zip(steps, pace, strict=True)]
+
+
 def _non_negative(features: Matrix, target: Matrix) -> Matrix:
     """Least squares with coefficients of 0 and more: drop the most negative one until none is."""
     active = np.flatnonzero(np.abs(features).sum(axis=0) > 0)
     scale = np.zeros(features.shape[1])
     scale[active] = np.abs(features[:, active]).mean(axis=0)
+    rotation, features = np.linalg.qr(features)  # as many rows as columns: the same sums of squares but for a constant
+    target = rotation.T @ target
     while True:
         solution, *_ = np.linalg.lstsq(features[:, active] / scale[active], target, rcond=None)
         if len(active) == 0 or solution.min() >= 0:
@@ -168,8 +215,7 @@ def held_out(steps: Sequence[tuple[StepShape, int]], folds: int = 5) -> tuple[Fi
     for part in np.array_split(np.arange(len(steps)), folds):
         inside = set(part.tolist())
         model = fit([step for number, step in enumerate(steps) if number not in inside])
-        for number in part:
-            predicted[number] = model.step_ns(steps[number][0])
+        predicted[part] = expected_ns(model, [steps[number] for number in part])
     measured = np.array([float(duration) for _, duration in steps])
     relative = np.abs(predicted - measured) / measured
     error = FitError(
