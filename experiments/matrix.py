@@ -315,8 +315,13 @@ class Matrix:
 
     def _simulate(self, overrides: list[str], profile: profiles.Profile, at: float, folder: Path) -> dict[str, float]:
         """The metrics of a case from a profile, at a multiple of its step times; their means over draws of noise."""
-        slower = [coefficient * at for coefficient in profile.coefficients_ns]
-        save_profile(msgspec.structs.replace(profile, coefficients_ns=slower), folder)
+        slower = msgspec.structs.replace(
+            profile,
+            coefficients_ns=[coefficient * at for coefficient in profile.coefficients_ns],
+            reshape_s=None if profile.reshape_s is None else profile.reshape_s * at,
+            handover_s=None if profile.handover_s is None else profile.handover_s * at,
+        )
+        save_profile(slower, folder)
         own = used_profile(folder / "profile.json", profile)
         found = []
         for noise in range(self.settings.simulations):

@@ -44,6 +44,9 @@ PACE_S = 4.0
 FEWEST_HANDOVERS = 10
 """Steps with and without a fetch that it takes to compare them."""
 
+FEWEST_RESHAPED = 50
+"""Steps of as many rows as the step before, and of more or fewer, that it takes to compare them."""
+
 APART_NS = 5_000_000
 """Requests that come so long after another do not wait for what the control plane does about that."""
 
@@ -51,7 +54,7 @@ APART_NS = 5_000_000
 class Measured(NamedTuple):
     """A step of an engine, or process, by number. `busy`: what the other engines did meanwhile; `probe`: of the load
     that is there to tell what that does; `disturbed`: others used the machine; `window`: of all engines' time, by
-    number; `fetches`: KV caches fetched before it.
+    number; `fetches`: KV caches fetched before it; `reshaped`: it has more or fewer rows than the engine's step before.
     """
 
     shape: StepShape
@@ -62,6 +65,7 @@ class Measured(NamedTuple):
     disturbed: bool
     window: int = 0
     fetches: int = 0
+    reshaped: bool = False
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -127,21 +131,22 @@ def fitted(
 ) -> profiles.Profile:
     """A profile of measured steps. Those that others disturbed are left out, unless that leaves next to none.
 
-    How fast the machine was while a step was measured, what other engines did meanwhile, and what was fetched before
-    it are told apart from what the step itself takes.
+    How fast the machine was while a step was measured, what other engines did meanwhile, what was fetched before it and
+    how many rows it had before are told apart from what the step itself takes.
     """
     usable = _usable(steps)
-    contention, handover_s = Contention(), None
+    contention, handover_s, reshape_s = Contention(), None, None
     slow = [1.0] * len(usable)
     for _ in range(2):
-        contention = _contention(usable, slow)
+        contention = _contention(usable, slow, [_beside(step, handover_s, reshape_s) for step in usable])
         freed = profiles.alone(
             [(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], contention
         )
-        handover_s = _handover_s(usable, profiles.at_mean_pace(freed, slow))
+        even = profiles.at_mean_pace(freed, slow)
+        handover_s, reshape_s = _handover_s(usable, even), _reshape_s(usable, even)
         own = [
-            (shape, max(1, took - round(step.fetches * (handover_s or 0.0) * NS_PER_S)))
-            for step, (shape, took) in zip(usable, freed, strict=True)
+            (shape, max(1, took - round(each * _beside(step, handover_s, reshape_s))))
+            for step, each, (shape, took) in zip(usable, slow, freed, strict=True)
         ]
         slow = profiles.paces(own, [step.window for step in usable])
     even = profiles.at_mean_pace(own, slow)
@@ -170,18 +175,19 @@ def fitted(
         event_s=event_s,
         stages_s=stages_s,
         handover_s=handover_s,
+        reshape_s=reshape_s,
     )
 
 
-def _contention(steps: Sequence[Measured], slow: Sequence[float]) -> Contention:
+def _contention(steps: Sequence[Measured], slow: Sequence[float], beside: Sequence[float]) -> Contention:
     """Of the probe's steps, where there is a probe."""
-    probe = [(step, each) for step, each in zip(steps, slow, strict=True) if step.probe]
+    probe = [number for number, step in enumerate(steps) if step.probe]
     if not probe:
         return Contention()
     return profiles.contention_of(
-        profiles.at_mean_pace([(step.shape, step.took_ns) for step, _ in probe], [each for _, each in probe]),
-        [step.busy for step, _ in probe],
-        [step.engine for step, _ in probe],
+        [(steps[each].shape, max(1, round(steps[each].took_ns / slow[each] - beside[each]))) for each in probe],
+        [steps[each].busy for each in probe],
+        [steps[each].engine for each in probe],
     )
 
 
@@ -199,17 +205,36 @@ def _handover_s(steps: Sequence[Measured], even: Sequence[tuple[StepShape, int]]
     return max(0.0, float(np.median(excess[fetches == 1]) - np.median(excess[fetches == 0])) / NS_PER_S)
 
 
+def _reshape_s(steps: Sequence[Measured], even: Sequence[tuple[StepShape, int]]) -> float | None:
+    """How much longer steps of decodes take that have not as many rows as the step before; None where there is too
+    little to tell.
+    """
+    places = [number for number, step in enumerate(steps) if not step.shape.prefill_tokens and not step.fetches]
+    reshaped = np.array([steps[number].reshaped for number in places], dtype=bool)
+    if min(reshaped.sum(), (~reshaped).sum()) < FEWEST_RESHAPED:
+        return None
+    decodes = [even[number] for number in places]
+    model = profiles.fit([step for step, each in zip(decodes, reshaped, strict=True) if not each])
+    excess = np.array([took for _, took in decodes]) - profiles.expected_ns(model, decodes)
+    return max(0.0, float(np.median(excess[reshaped]) - np.median(excess[~reshaped])) / NS_PER_S)
+
+
+def _beside(step: Measured, handover_s: float | None, reshape_s: float | None) -> float:
+    """What a step takes beside its own time, in ns."""
+    return (step.fetches * (handover_s or 0.0) + step.reshaped * (reshape_s or 0.0)) * NS_PER_S
+
+
 def pace(steps: Sequence[Measured], profile: profiles.Profile) -> float:
-    """How long steps took, all in all, as a multiple of what the profile says; fetches apart. Those that others
-    disturbed are left out, unless that leaves next to none.
+    """How long steps took, all in all, as a multiple of what the profile says. Those that others disturbed are left
+    out, unless that leaves next to none.
     """
     usable = _usable(steps)
-    model, fetch_ns = profiles.model_of(profile), (profile.handover_s or 0.0) * NS_PER_S
     freed = profiles.alone(
         [(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], profile.contention
     )
-    took = sum(took for _, took in freed) - fetch_ns * sum(step.fetches for step in usable)
-    return took / sum(model.step_ns(shape) for shape, _ in freed)
+    beside = sum(_beside(step, profile.handover_s, profile.reshape_s) for step in usable)
+    expected = beside + profiles.expected_ns(profiles.model_of(profile), freed).sum()
+    return float(sum(took for _, took in freed) / expected)
 
 
 def _usable(steps: Sequence[Measured]) -> Sequence[Measured]:
@@ -251,6 +276,7 @@ def measure_launch(
                 step.disturbed,
                 int((step.span.end_ns - began) / (PACE_S * NS_PER_S)),
                 step.fetches,
+                step.reshaped,
             )
             for step in steps
         ],
@@ -279,6 +305,7 @@ class _Step(NamedTuple):
     busy: profiles.Shares
     disturbed: bool
     fetches: int
+    reshaped: bool
 
 
 def _run(cfg: DictConfig, arrivals: list[Arrival], folder: Path, patience_s: float) -> tuple[Recorder, list[_Step]]:
@@ -303,14 +330,14 @@ def _run(cfg: DictConfig, arrivals: list[Arrival], folder: Path, patience_s: flo
         assert isinstance(cluster, RealCluster)
         began = time.monotonic_ns() - cluster.now()
     turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-    fetches = _fetches(turns)
+    details = _details(turns)
     return recorder, [
         _Step(
             engine,
             span,
             busy,
             bystanders.disturb(began + span.start_ns, began + span.end_ns),
-            fetches[engine][span.end_ns],
+            *details[engine][span.end_ns],
         )
         for engine, span, busy in steps_of(turns)
     ]
@@ -338,16 +365,24 @@ def from_logs(cfg: DictConfig, paths: list[Path]) -> profiles.Profile:
 
 def measured_steps(engines: list[list[TurnRecord]]) -> list[Measured]:
     """The steps of engines that nobody disturbed."""
-    fetches = _fetches(engines)
+    details = _details(engines)
     return [
-        Measured(step.shape, step.end_ns - step.start_ns, busy, engine, False, False, 0, fetches[engine][step.end_ns])
+        Measured(step.shape, step.end_ns - step.start_ns, busy, engine, False, False, 0, *details[engine][step.end_ns])
         for engine, step, busy in steps_of(engines)
     ]
 
 
-def _fetches(engines: list[list[TurnRecord]]) -> list[dict[int, int]]:
-    """By engine and end of a step: KV caches asked for in its turn."""
-    return [{turn.end_ns: len(turn.transfers) for turn in turns} for turns in engines]
+def _details(engines: list[list[TurnRecord]]) -> list[dict[int, tuple[int, bool]]]:
+    """Of each engine's steps, by their end: KV caches asked for in its turn, and whether its number of rows is new."""
+    found = []
+    for turns in engines:
+        of_step, rows = dict[int, tuple[int, bool]](), 0
+        transfers = {turn.end_ns: len(turn.transfers) for turn in turns if turn.done is not None}
+        for step in _spans(turns):
+            of_step[step.end_ns] = transfers[step.end_ns], step.shape.rows != rows
+            rows = step.shape.rows
+        found.append(of_step)
+    return found
 
 
 def steps_of(engines: list[list[TurnRecord]]) -> list[tuple[int, StepSpan, profiles.Shares]]:

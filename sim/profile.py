@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.latency import StepShape
+from cluster.vocabulary import to_ns
 from sim.contention import Contention
 from sim.latency import Fitted
 from sim.noise import Noise
@@ -41,7 +42,8 @@ class Profile(msgspec.Struct, frozen=True):
     order of time; the machine's pace is in them. `held_out`: at that pace. `disturbed`: share of the steps measured
     during which something else used the machine: left out, but where that would have left next to none; None: nobody
     looked. Delays and start-up stages: medians in seconds, None and none where a log of steps was all there was.
-    `handover_s`: for which fetching a KV cache keeps the engine that fetches it from computing; None: not measured.
+    `handover_s`: for which fetching a KV cache keeps the engine that fetches it from computing; `reshape_s`: what a
+    step takes longer whose rows are not as many as those of the step before; None: not measured.
     """
 
     schema: str
@@ -62,6 +64,7 @@ class Profile(msgspec.Struct, frozen=True):
     event_s: float | None
     stages_s: dict[str, float]
     handover_s: float | None = None
+    reshape_s: float | None = None
 
 
 def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
@@ -255,12 +258,12 @@ def load_latency(path: str | Path, noise: int | None = 0, seed: int = 0) -> Fitt
     """
     profile = load(path)
     drawn = None if noise is None or not profile.residuals else Noise(tuple(profile.residuals), seed, noise)
-    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, drawn)
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, drawn, to_ns(profile.reshape_s or 0.0))
 
 
 def model_of(profile: Profile) -> Fitted:
     """Its latency model, without noise."""
-    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges)
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, None, to_ns(profile.reshape_s or 0.0))
 
 
 def describe(profile: Profile) -> str:
@@ -282,6 +285,8 @@ def describe(profile: Profile) -> str:
         lines.append(f"messages: {profile.dispatch_s * 1e6:.0f} us to an engine, {profile.event_s * 1e6:.0f} us back")
     if profile.handover_s is not None:
         lines.append(f"fetching a KV cache: {profile.handover_s * 1e6:.0f} us of the engine's own time")
+    if profile.reshape_s is not None:
+        lines.append(f"a step of more or fewer rows than the one before: {profile.reshape_s * 1e6:.0f} us more")
     for name, value in zip(Fitted.names(profile.knots), profile.coefficients_ns, strict=True):
         low, high = profile.ranges.get(name, (0.0, 0.0))
         measured = f"   measured {low:g} to {high:g}" if name in profile.ranges else ""
