@@ -11,14 +11,11 @@ from tests.builders import make_arrival, run_sim
 STEP_NS, RESHAPE_NS = 1_000_000, 400_000
 
 
-class Reshaping(Constant):
+def reshaping() -> Constant:
     """A millisecond, and more where the number of rows changes."""
-
-    reshape_ns = RESHAPE_NS
-
-
-def reshaping() -> Reshaping:
-    return Reshaping(STEP_NS / 1e9)
+    model = Constant(STEP_NS / 1e9)
+    model.reshape_ns = RESHAPE_NS
+    return model
 
 
 @pytest.mark.parametrize("coalesce", [True, False])
