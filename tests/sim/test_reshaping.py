@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.latency import StepShape
+from cluster.latency import LatencyModel, StepShape
 from flowserve.core.config import EngineConfig
 from sim.latency import Constant
 from sim.noise import Noise, Noisy
@@ -11,11 +11,13 @@ from tests.builders import make_arrival, run_sim
 STEP_NS, RESHAPE_NS = 1_000_000, 400_000
 
 
-def reshaping() -> Constant:
+class Reshaping(LatencyModel):
     """A millisecond, and more where the number of rows changes."""
-    model = Constant(STEP_NS / 1e9)
-    model.reshape_ns = RESHAPE_NS
-    return model
+
+    reshape_ns = RESHAPE_NS
+
+    def step_ns(self, shape: StepShape) -> int:
+        return STEP_NS
 
 
 @pytest.mark.parametrize("coalesce", [True, False])
@@ -26,7 +28,7 @@ def test_each_change_of_rows_is_paid_once(coalesce: bool) -> None:
     workload = [make_arrival(0, 0.0, 40, 20), make_arrival(1, 1.0, 40, 20), make_arrival(2, 2.0, 1, 20)]
     engine = EngineConfig(kv_blocks=1000, token_budget=16, max_sequences=8)
     times = {}
-    for latency in (reshaping, lambda: Constant(STEP_NS / 1e9)):
+    for latency in (Reshaping, lambda: Constant(STEP_NS / 1e9)):
         run = run_sim(workload, engine=engine, latency=latency, coalesce=coalesce)
         times[latency] = [row["last_token_ns"] - row["arrival_ns"] for row in run.rows.values()]
     longer = [with_ - without for with_, without in zip(*times.values(), strict=True)]
@@ -35,6 +37,6 @@ def test_each_change_of_rows_is_paid_once(coalesce: bool) -> None:
 
 def test_noise_leaves_it_alone() -> None:
     """Steps scatter; what a change of rows takes does not."""
-    noisy = Noisy(reshaping(), Noise((0.5, 1.5), 0), "te-0")
+    noisy = Noisy(Reshaping(), Noise((0.5, 1.5), 0), "te-0")
     assert noisy.reshape_ns == RESHAPE_NS
     assert StepShape(5, 15, 1, 3, 30, 2).rows == 10
