@@ -1,7 +1,7 @@
 """A matrix of cases, each on real engines here and simulated: what the simulator is off by, beside what the machine is.
 
-The step times come from one profile, of a load of its own, and are as fast, on the whole, as the engines were when they
-were profiled right before and after a real run. Each case runs several times on real engines; how far these runs are
+The step times come from one profile, of a load of its own, for which the engines are launched again and again between
+the real runs. Each case runs several times on real engines; how far these runs are
 apart is about what a perfect forecast of one of them would be off by. In lockstep, what the engines recorded
 is fed into simulated ones, which must schedule the same.
 """
@@ -98,8 +98,8 @@ class Settings(msgspec.Struct, frozen=True):
 
 class Verdict(NamedTuple):
     """One metric of one case. `difference`: between two real runs, as a share of their mean; the mean over all pairs.
-    `unpaced`: the error of simulations at the profile's own pace, that of all launches together. `paced`: of those
-    whose steps are as fast, on the whole, as those of the real run each is held against.
+    `paced`: the error of simulations whose steps are as fast, on the whole, as those of the real run each is held
+    against.
     """
 
     metric: str
@@ -107,7 +107,6 @@ class Verdict(NamedTuple):
     simulated: float
     difference: float
     bound: float
-    unpaced: float
     paced: float
 
     @property
@@ -135,9 +134,8 @@ class Schedule(msgspec.Struct, frozen=True):
 
 
 class CaseResult(msgspec.Struct, frozen=True):
-    """All there is of a case. By real run: `others`, CPUs' worth of other work meanwhile; `around`, the pace of the
-    launches that were profiled right before and after, and `simulated` at that pace; `paces`, how long its own steps
-    took beside what the profile says, and `paced`, what was simulated at that pace. `unpaced`: at the profile's.
+    """All there is of a case. By real run: `others`, CPUs' worth of other work meanwhile; `paces`, how long its steps
+    took beside what the profile says; `paced`, what was simulated at that pace. `simulated`: at the profile's.
     """
 
     case: Case
@@ -145,11 +143,9 @@ class CaseResult(msgspec.Struct, frozen=True):
     rate_rps: float
     others: list[float]
     real: list[dict[str, float]]
-    around: list[float]
-    simulated: list[dict[str, float]]
+    simulated: dict[str, float]
     paces: list[float]
     paced: list[dict[str, float]]
-    unpaced: dict[str, float]
     bounds: Bounds
     schedules: list[Schedule]
 
@@ -162,10 +158,9 @@ class CaseResult(msgspec.Struct, frozen=True):
                 Verdict(
                     metric,
                     real,
-                    fmean(run[metric] for run in self.simulated),
+                    self.simulated[metric],
                     _apart([run[metric] for run in self.real]),
                     getattr(self.bounds, kind),
-                    self.unpaced[metric] / real - 1,
                     fmean(run[metric] for run in self.paced) / real - 1,
                 )
             )
@@ -212,22 +207,18 @@ class Matrix:
         launches = [self._launch(0)]
         self._requests = self._loads(launches)
         others: dict[str, list[float]] = {case.name: [] for case in settings.cases}
-        before: dict[str, list[int]] = {case.name: [] for case in settings.cases}  # each run's last launch
         for number in range(settings.repeats):
             for place, case in enumerate(settings.cases[:: -1 if number % 2 else 1]):
                 if sum(map(len, others.values())) and not place % RUNS_BETWEEN:
                     launches.append(self._launch(len(launches)))
                 label = f"{case.name}, real CPU {number + 1}"
-                before[case.name].append(len(launches) - 1)
                 others[case.name].append(
                     self._real(self._of(case), self._folder / slug(case.name) / f"real{number}", label)
                 )
         launches.append(self._launch(len(launches)))
         profile = profile_of(self._compose(["backend=real"]), launches)
         save_profile(profile, self._profile)
-        speeds = [pace(launch.steps, profile) for launch in launches]
-        around = {name: [fmean(speeds[each : each + 2]) for each in places] for name, places in before.items()}
-        return profile, [self._judge(case, others[case.name], around[case.name], profile) for case in settings.cases]
+        return profile, [self._judge(case, others[case.name], profile) for case in settings.cases]
 
     def _launch(self, number: int) -> Launch:
         """Profile once, again where others used the machine meanwhile: all of the load at first, then the halves of one
@@ -279,7 +270,7 @@ class Matrix:
         window = [f"trace.rate={factor!r}", f"trace.start_s={case.window_s / factor!r}", f"trace.limit={requests}"]
         return [*case.overrides, *window]
 
-    def _judge(self, case: Case, others: list[float], around: list[float], profile: profiles.Profile) -> CaseResult:
+    def _judge(self, case: Case, others: list[float], profile: profiles.Profile) -> CaseResult:
         folder, overrides = self._folder / slug(case.name), self._of(case)
         where = [folder / f"real{number}" for number in range(self.settings.repeats)]
         paces = [self._pace(each, profile) for each in where]
@@ -290,11 +281,9 @@ class Matrix:
             rate,
             others,
             [read_summary(each).metrics for each in where],
-            around,
-            [self._simulate(overrides, profile, at, folder / f"around{n}") for n, at in enumerate(around)],
+            self._simulate(overrides, profile, 1.0, folder),
             paces,
             [self._simulate(overrides, profile, at, folder / f"pace{n}") for n, at in enumerate(paces)],
-            self._simulate(overrides, profile, 1.0, folder),
             self.settings.bounds,
             [self._lockstep(overrides, each) for each in where],
         )
@@ -366,7 +355,7 @@ class Matrix:
 
 def pace_table(results: Sequence[CaseResult]) -> ReportTable:
     """The same for simulations at the real runs' own pace: what is left when the machine's speed is known."""
-    head = ["case", *(title for title, _ in METRICS.values()), "pace of the runs", "of the launches around"]
+    head = ["case", *(title for title, _ in METRICS.values()), "pace"]
     rows, met, number = [], 0, 0
     for result in results:
         inside = [abs(each.paced) <= each.bound for each in result.verdicts]
@@ -374,11 +363,10 @@ def pace_table(results: Sequence[CaseResult]) -> ReportTable:
         cells = [
             error_text(each.paced) + ("" if ok else " !") for each, ok in zip(result.verdicts, inside, strict=True)
         ]
-        paces = (", ".join(f"{pace:.2f}" for pace in each) for each in (result.paces, result.around))
-        rows.append([result.case.name, *cells, *paces])
+        rows.append([result.case.name, *cells, ", ".join(f"{each:.2f}" for each in result.paces)])
     lead = (
         "Simulated with steps as fast, on the whole, as those of each real run, which no forecast can know: what is "
-        "left is the simulator's own error. Pace: what steps took over what the profile of all launches says. "
+        "left is the simulator's own error. Pace: time of a real run's steps over what the profile says. "
         f"{met} of {number} within the bounds."
     )
     return ReportTable("At the pace of each real run", head, rows, lead)
@@ -412,13 +400,10 @@ def legend(results: Sequence[CaseResult]) -> str:
     verdicts = [each.said for result in results for each in result.verdicts]
     bounds = results[0].bounds
     met, noise, missed = (verdicts.count(said) for said in ("met", "within noise", "missed"))
-    unpaced = sum(abs(each.unpaced) <= each.bound for result in results for each in result.verdicts)
     said = (
-        "(simulated - real) / real, simulated at the pace of the launches that were profiled right before and after "
-        f"each real run; in brackets how far two real runs are apart. Bounds: {bounds.p50:.0%} of p50, "
+        f"(simulated - real) / real; in brackets how far two real runs are apart. Bounds: {bounds.p50:.0%} of p50, "
         f"{bounds.p99:.0%} of p99, {bounds.throughput:.0%} of throughput. {met} of {len(verdicts)} met; "
-        f"~ {noise} missed by no more than the real runs differ; ! {missed} missed. "
-        f"At the pace of all launches together {unpaced} are met."
+        f"~ {noise} missed by no more than the real runs differ; ! {missed} missed."
     )
     if any(result.disturbed for result in results):
         said += " * other work used the machine during a real run."
@@ -458,6 +443,6 @@ def report_runs(results: Sequence[CaseResult], folder: Path) -> tuple[list[Repor
     for result in results:
         name = result.case.name
         where = folder / slug(name)
-        runs += [ReportRun(f"{name}: real", where / "real0"), ReportRun(f"{name}: sim", where / "around0" / "sim0")]
-        rows += [Row(f"{name}: real", result.real[0]), Row(f"{name}: sim", result.simulated[0], result.real[0])]
+        runs += [ReportRun(f"{name}: real", where / "real0"), ReportRun(f"{name}: sim", where / "sim0")]
+        rows += [Row(f"{name}: real", result.real[0]), Row(f"{name}: sim", result.simulated, result.real[0])]
     return runs, rows
