@@ -19,6 +19,11 @@ class StepShape(NamedTuple):
     decode_context: int
     draft_tokens: int = 0
 
+    @property
+    def rows(self) -> int:
+        """Tokens that go through the matrices together."""
+        return self.prefill_tokens + self.decode_sequences + self.draft_tokens
+
 
 class StepTime(Protocol):
     """How long a step takes."""
@@ -33,11 +38,13 @@ class LatencyModel(StepTime, Protocol):
 
     `stages`: of the executor's pipeline; steps on end overlap in it, so that each takes `step_ns` behind another one,
     and `fill_ns` more where none is ahead of it. `varies`: steps of the same shape may take different times, by their
-    number; then one object serves one executor.
+    number; then one object serves one executor. `reshape_ns`: what a step takes longer whose rows are not as many as
+    those of the executor's step before, because something is made anew for each shape; never what `step_ns` says.
     """
 
     stages: int = 1
     varies: bool = False
+    reshape_ns: int = 0
 
     def seek(self, step: int) -> None:
         """What is asked next is of the executor's steps from this number on, in their order."""

@@ -1,12 +1,14 @@
 """A matrix of cases, each on real engines here and simulated: what the simulator is off by, beside what the machine is.
 
-The step times come from one profile, of a load of its own. Each case runs several times on real engines; how far these
-runs are apart is about what a perfect forecast of one of them would be off by. In lockstep, what the engines recorded
+The step times come from one profile, of a load of its own, for which the engines are launched again and again between
+the real runs. Each case runs several times on real engines; how far these runs are
+apart is about what a perfect forecast of one of them would be off by. In lockstep, what the engines recorded
 is fed into simulated ones, which must schedule the same.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from shutil import rmtree
 from statistics import fmean
@@ -22,7 +24,7 @@ from experiments.bystanders import DISTURBING, Bystanders, await_idle
 from experiments.config import compose, typed
 from experiments.fidelity import save_profile, slug, used_profile
 from experiments.outputs import read_summary
-from experiments.profiling import Launch, measure_handovers, measure_launch, profile_of, steps_of
+from experiments.profiling import Launch, measure_launch, measured_steps, pace, profile_of
 from experiments.report import ReportRun, ReportTable
 from experiments.run import run_one_of_several
 from experiments.tables import Row, error_text
@@ -34,6 +36,8 @@ SCHEMA = "deepflow-matrix/1"
 PATIENCE_S = 60.0
 USABLE = 0.8
 """Of a launch's steps so many must be undisturbed, or it is repeated."""
+RUNS_BETWEEN = 2
+"""Real runs on end, with the engines profiled before and after."""
 SATURATING = 400
 """Requests at once whose throughput is called saturation."""
 
@@ -93,8 +97,9 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Verdict(NamedTuple):
-    """One metric of one case. `difference`: between the real runs, as a share of their mean. `paced`: the error of
-    simulations whose steps are as fast, on the whole, as those of the real run each is held against.
+    """One metric of one case. `difference`: between two real runs, as a share of their mean; the mean over all pairs.
+    `paced`: the error of simulations whose steps are as fast, on the whole, as those of the real run each is held
+    against.
     """
 
     metric: str
@@ -130,7 +135,7 @@ class Schedule(msgspec.Struct, frozen=True):
 
 class CaseResult(msgspec.Struct, frozen=True):
     """All there is of a case. By real run: `others`, CPUs' worth of other work meanwhile; `paces`, how long its steps
-    took beside what the profile says; `paced`, what was simulated at that pace.
+    took beside what the profile says; `paced`, what was simulated at that pace. `simulated`: at the profile's.
     """
 
     case: Case
@@ -138,7 +143,7 @@ class CaseResult(msgspec.Struct, frozen=True):
     rate_rps: float
     others: list[float]
     real: list[dict[str, float]]
-    simulated: list[dict[str, float]]
+    simulated: dict[str, float]
     paces: list[float]
     paced: list[dict[str, float]]
     bounds: Bounds
@@ -146,17 +151,20 @@ class CaseResult(msgspec.Struct, frozen=True):
 
     @property
     def verdicts(self) -> list[Verdict]:
-        return [
-            Verdict(
-                metric,
-                fmean(run[metric] for run in self.real),
-                fmean(run[metric] for run in self.simulated),
-                _apart([run[metric] for run in self.real]),
-                getattr(self.bounds, kind),
-                fmean(ours[metric] / real[metric] - 1 for ours, real in zip(self.paced, self.real, strict=True)),
+        found = []
+        for metric, (_, kind) in METRICS.items():
+            real = fmean(run[metric] for run in self.real)
+            found.append(
+                Verdict(
+                    metric,
+                    real,
+                    self.simulated[metric],
+                    _apart([run[metric] for run in self.real]),
+                    getattr(self.bounds, kind),
+                    fmean(run[metric] for run in self.paced) / real - 1,
+                )
             )
-            for metric, (_, kind) in METRICS.items()
-        ]
+        return found
 
     @property
     def disturbed(self) -> bool:
@@ -164,7 +172,9 @@ class CaseResult(msgspec.Struct, frozen=True):
 
 
 def _apart(values: Sequence[float]) -> float:
-    return (max(values) - min(values)) / fmean(values)
+    if len(values) < 2:
+        return math.nan
+    return fmean(abs(one - other) for one, other in combinations(values, 2)) / fmean(values)
 
 
 def _others(note: Path) -> float:
@@ -177,9 +187,9 @@ class Matrix:
     """Runs an experiment's cases. What is in `folder` already is not run again, so that a matrix that was interrupted,
     or disturbed, can be gone on with.
 
-    All cases run once on real engines before any runs again, and engines are profiled before, between and after: a
-    machine is not equally fast all the time, which must neither hide in the difference of two runs in a row nor be what
-    the simulator is judged by.
+    All cases run once on real engines before any runs again, every other time in reverse, and engines are profiled
+    before and after every few runs: a machine is not equally fast all the time, which must neither hide in the
+    difference of two runs in a row nor be what the simulator is judged by.
     """
 
     def __init__(self, overrides: list[str], config_dirs: list[str], folder: Path) -> None:
@@ -198,22 +208,27 @@ class Matrix:
         self._requests = self._loads(launches)
         others: dict[str, list[float]] = {case.name: [] for case in settings.cases}
         for number in range(settings.repeats):
-            for case in settings.cases:
+            for place, case in enumerate(settings.cases[:: -1 if number % 2 else 1]):
+                if sum(map(len, others.values())) and not place % RUNS_BETWEEN:
+                    launches.append(self._launch(len(launches)))
                 label = f"{case.name}, real CPU {number + 1}"
                 others[case.name].append(
                     self._real(self._of(case), self._folder / slug(case.name) / f"real{number}", label)
                 )
-            launches.append(self._launch(number + 1))
-        cfg = self._compose(["backend=real"])
-        profile = profile_of(cfg, launches, measure_handovers(cfg, self._profile / "handovers", PATIENCE_S))
+        launches.append(self._launch(len(launches)))
+        profile = profile_of(self._compose(["backend=real"]), launches)
         save_profile(profile, self._profile)
         return profile, [self._judge(case, others[case.name], profile) for case in settings.cases]
 
     def _launch(self, number: int) -> Launch:
-        """Profile once, again where others used the machine meanwhile."""
+        """Profile once, again where others used the machine meanwhile: all of the load at first, then the halves of one
+        by turns, every other launch with engines that hand over.
+        """
+        split, parts = number % 2 > 0, 2 if number else 1
         folder = self._profile / f"launch{number}"
         for attempt in range(self.settings.attempts):
-            launch = measure_launch(self._compose(["backend=real"]), folder, PATIENCE_S)
+            cfg = self._compose(["backend=real"])
+            launch = measure_launch(cfg, folder, PATIENCE_S, (number + 3) // 2, split, parts)
             if launch.undisturbed > USABLE * len(launch.steps) or attempt == self.settings.attempts - 1:
                 break
             rmtree(folder)
@@ -235,7 +250,8 @@ class Matrix:
 
     def _saturation(self, overrides: Sequence[str], profile: profiles.Profile) -> float:
         """Requests/s that are served where they are all there at once: simulated from the profile, no case's window."""
-        at_once = ["trace.rate=1e9", f"trace.start_s={self.settings.saturation_window_s / 1e9}"]
+        start = self.settings.saturation_window_s / 1e9
+        at_once = ["trace.rate=1e9", f"trace.start_s={start}", "warmup_s=0"]  # they all arrive in the warm-up
         own = used_profile(self._profile / "launch0" / "profile.json", profile)
         cfg = self._compose(["backend=sim", *own, *overrides, *at_once, f"trace.limit={SATURATING}"])
         folder = self._folder / "saturation" / slug(" ".join(overrides) or "all")
@@ -257,15 +273,7 @@ class Matrix:
     def _judge(self, case: Case, others: list[float], profile: profiles.Profile) -> CaseResult:
         folder, overrides = self._folder / slug(case.name), self._of(case)
         where = [folder / f"real{number}" for number in range(self.settings.repeats)]
-        simulated = self._simulate(overrides, profile, self._profile, folder, "sim")
         paces = [self._pace(each, profile) for each in where]
-        paced = []
-        for number, pace in enumerate(paces):
-            slower = [coefficient * pace for coefficient in profile.coefficients_ns]
-            own = msgspec.structs.replace(profile, coefficients_ns=slower)
-            save_profile(own, folder / f"pace{number}")
-            runs = self._simulate(overrides, own, folder / f"pace{number}", folder / f"pace{number}", "sim")
-            paced.append({metric: fmean(run[metric] for run in runs) for metric in METRICS})
         requests, rate = self._requests[case.name]
         return CaseResult(
             case,
@@ -273,9 +281,9 @@ class Matrix:
             rate,
             others,
             [read_summary(each).metrics for each in where],
-            simulated,
+            self._simulate(overrides, profile, 1.0, folder),
             paces,
-            paced,
+            [self._simulate(overrides, profile, at, folder / f"pace{n}") for n, at in enumerate(paces)],
             self.settings.bounds,
             [self._lockstep(overrides, each) for each in where],
         )
@@ -294,31 +302,27 @@ class Matrix:
             note.write_bytes(msgspec.json.encode(bystanders.share()))
         return _others(note)
 
-    def _simulate(
-        self, overrides: list[str], profile: profiles.Profile, where: Path, folder: Path, name: str
-    ) -> list[dict[str, float]]:
-        """The metrics of a case from a profile, which is in the folder `where`, by draw of noise."""
-        own = used_profile(where / "profile.json", profile)
+    def _simulate(self, overrides: list[str], profile: profiles.Profile, at: float, folder: Path) -> dict[str, float]:
+        """The metrics of a case from a profile, at a multiple of its step times; their means over draws of noise."""
+        slower = msgspec.structs.replace(
+            profile,
+            coefficients_ns=[coefficient * at for coefficient in profile.coefficients_ns],
+            reshape_s=None if profile.reshape_s is None else profile.reshape_s * at,
+            handover_s=None if profile.handover_s is None else profile.handover_s * at,
+        )
+        save_profile(slower, folder)
+        own = used_profile(folder / "profile.json", profile)
         found = []
         for noise in range(self.settings.simulations):
             cfg = self._compose(["backend=sim", *own, f"latency.noise={noise}", *overrides])
             label = f"{folder.relative_to(self._folder)}, simulated {noise + 1}"
-            found.append(run_one_of_several(cfg, folder / f"{name}{noise}", label).summary)
-        return found
+            found.append(run_one_of_several(cfg, folder / f"sim{noise}", label).summary)
+        return {metric: fmean(run[metric] for run in found) for metric in METRICS}
 
     def _pace(self, folder: Path, profile: profiles.Profile) -> float:
-        """How long the steps of a real run took, all in all, as a multiple of what the profile says; fetches apart."""
+        """How long the steps of a real run took, all in all, as a multiple of what the profile says."""
         turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-        steps = steps_of(turns)
-        freed = profiles.alone(
-            [(step.shape, step.end_ns - step.start_ns) for _, step, _ in steps],
-            [busy for _, _, busy in steps],
-            profile.contention,
-        )
-        model = profiles.model_of(profile)
-        fetches = sum(len(turn.transfers) for each in turns for turn in each if turn.done is not None)
-        fetching = fetches * (profile.handover_s or 0.0) * NS_PER_S
-        return (sum(took for _, took in freed) - fetching) / sum(model.step_ns(shape) for shape, _ in freed)
+        return pace(measured_steps(turns), profile)
 
     def _lockstep(self, overrides: list[str], folder: Path) -> Schedule:
         cfg = self._compose(overrides)
@@ -349,8 +353,8 @@ class Matrix:
         return compose([*self._overrides, "report=false", *overrides], self._config_dirs)
 
 
-def paced_table(results: Sequence[CaseResult]) -> ReportTable:
-    """The same for simulations at the real runs' pace: what is left when the machine's speed is known."""
+def pace_table(results: Sequence[CaseResult]) -> ReportTable:
+    """The same for simulations at the real runs' own pace: what is left when the machine's speed is known."""
     head = ["case", *(title for title, _ in METRICS.values()), "pace"]
     rows, met, number = [], 0, 0
     for result in results:
@@ -359,7 +363,7 @@ def paced_table(results: Sequence[CaseResult]) -> ReportTable:
         cells = [
             error_text(each.paced) + ("" if ok else " !") for each, ok in zip(result.verdicts, inside, strict=True)
         ]
-        rows.append([result.case.name, *cells, ", ".join(f"{pace:.2f}" for pace in result.paces)])
+        rows.append([result.case.name, *cells, ", ".join(f"{each:.2f}" for each in result.paces)])
     lead = (
         "Simulated with steps as fast, on the whole, as those of each real run, which no forecast can know: what is "
         "left is the simulator's own error. Pace: time of a real run's steps over what the profile says. "
@@ -397,7 +401,7 @@ def legend(results: Sequence[CaseResult]) -> str:
     bounds = results[0].bounds
     met, noise, missed = (verdicts.count(said) for said in ("met", "within noise", "missed"))
     said = (
-        f"(simulated - real) / real; in brackets how far the real runs are apart. Bounds: {bounds.p50:.0%} of p50, "
+        f"(simulated - real) / real; in brackets how far two real runs are apart. Bounds: {bounds.p50:.0%} of p50, "
         f"{bounds.p99:.0%} of p99, {bounds.throughput:.0%} of throughput. {met} of {len(verdicts)} met; "
         f"~ {noise} missed by no more than the real runs differ; ! {missed} missed."
     )
@@ -440,5 +444,5 @@ def report_runs(results: Sequence[CaseResult], folder: Path) -> tuple[list[Repor
         name = result.case.name
         where = folder / slug(name)
         runs += [ReportRun(f"{name}: real", where / "real0"), ReportRun(f"{name}: sim", where / "sim0")]
-        rows += [Row(f"{name}: real", result.real[0]), Row(f"{name}: sim", result.simulated[0], result.real[0])]
+        rows += [Row(f"{name}: real", result.real[0]), Row(f"{name}: sim", result.simulated, result.real[0])]
     return runs, rows

@@ -38,8 +38,14 @@ PATIENCE_S = 60.0
 
 WARM_UP_STEPS = 10
 
+PACE_S = 4.0
+"""For so long a machine's pace is taken for constant."""
+
 FEWEST_HANDOVERS = 10
 """Steps with and without a fetch that it takes to compare them."""
+
+FEWEST_RESHAPED = 50
+"""Steps of as many rows as the step before, and of more or fewer, that it takes to compare them."""
 
 APART_NS = 5_000_000
 """Requests that come so long after another do not wait for what the control plane does about that."""
@@ -47,7 +53,8 @@ APART_NS = 5_000_000
 
 class Measured(NamedTuple):
     """A step of an engine, or process, by number. `busy`: what the other engines did meanwhile; `probe`: of the load
-    that is there to tell what that does; `disturbed`: others used the machine.
+    that is there to tell what that does; `disturbed`: others used the machine; `window`: of all engines' time, by
+    number; `fetches`: KV caches fetched before it; `reshaped`: it has more or fewer rows than the engine's step before.
     """
 
     shape: StepShape
@@ -56,15 +63,21 @@ class Measured(NamedTuple):
     engine: int
     probe: bool
     disturbed: bool
+    window: int = 0
+    fetches: int = 0
+    reshaped: bool = False
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """What one launch of the engines told, under the whole load. `there`, `back`: what messages took, in ns."""
+    """What one launch of the engines told, under the whole load. `there`, `back`: what messages took, in ns. `split`:
+    one engine prefilled for one that decodes.
+    """
 
     steps: list[Measured]
     there: list[int]
     back: list[int]
     stages_s: dict[str, float]
+    split: bool = False
 
     @property
     def undisturbed(self) -> int:
@@ -78,33 +91,33 @@ def measure(cfg: DictConfig, folder: Path) -> profiles.Profile:
     The engines are launched `profile_launches` times, because where a process's memory lies makes it faster or slower;
     if more than once, then again where other work on the machine has spoilt more than it left.
     """
-    wanted = cfg.profile_launches
+    wanted, patience_s = cfg.profile_launches, PATIENCE_S if cfg.profile_launches > 1 else 0.0
     launches: list[Launch] = []
     for number in range(wanted + MORE_LAUNCHES if wanted > 1 else wanted):
-        launches.append(measure_launch(cfg, folder / f"launch{number}", PATIENCE_S if wanted > 1 else 0.0))
+        launches.append(measure_launch(cfg, folder / f"launch{number}", patience_s, number))
         if sum(each.undisturbed for each in launches) >= 0.8 * wanted * len(launches[0].steps):
             break
-    return profile_of(cfg, launches, measure_handovers(cfg, folder / "handovers", PATIENCE_S if wanted > 1 else 0.0))
+    return profile_of(cfg, [*launches, measure_launch(cfg, folder / "split", patience_s, split=True)])
 
 
-def profile_of(cfg: DictConfig, launches: Sequence[Launch], handovers: "Handovers | None" = None) -> profiles.Profile:
-    """A profile of all that was measured."""
-    engines = _engines(cfg)
-    steps = [
-        step._replace(engine=step.engine + number * engines)
-        for number, launch in enumerate(launches)
-        for step in launch.steps
-    ]
-    profile = fitted(
+def profile_of(cfg: DictConfig, launches: Sequence[Launch]) -> profiles.Profile:
+    """A profile of all that was measured. Message delays and start-up are those of engines that serve alone."""
+    steps: list[Measured] = []
+    engines = windows = 0
+    for launch in launches:
+        steps += [step._replace(engine=step.engine + engines, window=step.window + windows) for step in launch.steps]
+        engines += 1 + max(step.engine for step in launch.steps)
+        windows += 1 + max(step.window for step in launch.steps)
+    alone = [launch for launch in launches if not launch.split]
+    return fitted(
         steps,
         machine=f"{platform.machine()}, {_processor()}",
         model=build.model_name(cfg),
-        engines=engines,
-        dispatch_s=to_s(int(np.median([took for launch in launches for took in launch.there]))),
-        event_s=to_s(int(np.median([took for launch in launches for took in launch.back]))),
-        stages_s={stage: float(np.median([launch.stages_s[stage] for launch in launches])) for stage in Stage},
+        engines=_engines(cfg),
+        dispatch_s=to_s(int(np.median([took for launch in alone for took in launch.there]))),
+        event_s=to_s(int(np.median([took for launch in alone for took in launch.back]))),
+        stages_s={stage: float(np.median([launch.stages_s[stage] for launch in alone])) for stage in Stage},
     )
-    return profile if handovers is None else msgspec.structs.replace(profile, handover_s=handovers.took_s(profile))
 
 
 def fitted(
@@ -116,21 +129,33 @@ def fitted(
     event_s: float | None,
     stages_s: dict[str, float],
 ) -> profiles.Profile:
-    """A profile of measured steps. Those that others disturbed are left out, unless that leaves next to none."""
-    usable = [step for step in steps if not step.disturbed]
-    if len(usable) < len(steps) / 5:
-        usable = steps
-    probe = [step for step in usable if step.probe]
-    contention = Contention()
-    if probe:
-        contention = profiles.contention_of(
-            [(step.shape, step.took_ns) for step in probe],
-            [step.busy for step in probe],
-            [step.engine for step in probe],
+    """A profile of measured steps. Those that others disturbed are left out, unless that leaves next to none.
+
+    How fast the machine was while a step was measured, what other engines did meanwhile, what was fetched before it and
+    how many rows it had before are told apart from what the step itself takes.
+    """
+    usable = _usable(steps)
+    contention, handover_s, reshape_s = Contention(), None, None
+    slow = [1.0] * len(usable)
+    for _ in range(2):
+        contention = _contention(usable, slow, [_beside(step, handover_s, reshape_s) for step in usable])
+        freed = profiles.alone(
+            [(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], contention
         )
-    freed = profiles.alone([(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], contention)
-    latency = profiles.fit(freed)
-    error, residuals = profiles.held_out(freed)
+        even = profiles.at_mean_pace(freed, slow)
+        handover_s, reshape_s = _handover_s(usable, even), _reshape_s(usable, even)
+        own = [
+            (shape, max(1, took - round(each * _beside(step, handover_s, reshape_s))))
+            for step, each, (shape, took) in zip(usable, slow, freed, strict=True)
+        ]
+        slow = profiles.paces(own, [step.window for step in usable])
+    even = profiles.at_mean_pace(own, slow)
+    latency = profiles.fit(even)
+    error, residuals = profiles.held_out(even)
+    noise = np.array(residuals) * slow
+    process = np.array([step.engine for step in usable])
+    for engine in np.unique(process):  # how launches differ, minutes apart, is no noise from step to step
+        noise[process == engine] /= noise[process == engine].mean()
     return profiles.Profile(
         schema=profiles.SCHEMA,
         machine=machine,
@@ -140,69 +165,138 @@ def fitted(
         engines=engines,
         steps=len(usable),
         contention=contention,
-        residuals=residuals,
+        residuals=noise.round(4).tolist(),
         disturbed=sum(step.disturbed for step in steps) / len(steps),
         coefficients_ns=list(latency.coefficients_ns),
         knots=list(latency.knots),
         held_out=error,
-        ranges=profiles.feature_ranges(freed),
+        ranges=profiles.feature_ranges(even),
         dispatch_s=dispatch_s,
         event_s=event_s,
         stages_s=stages_s,
+        handover_s=handover_s,
+        reshape_s=reshape_s,
     )
 
 
-class Handovers(msgspec.Struct, frozen=True):
-    """Steps of an engine that decodes what another one has prefilled. `fetches`: KV caches fetched before each."""
-
-    steps: list[Measured]
-    fetches: list[int]
-
-    def took_s(self, profile: profiles.Profile) -> float | None:
-        """How much longer a step takes for a fetch ahead of it; None where there is too little to tell."""
-        model = profiles.model_of(profile)
-        freed = profiles.alone(
-            [(step.shape, step.took_ns) for step in self.steps], [step.busy for step in self.steps], profile.contention
-        )
-        excess = np.array([took - model.step_ns(shape) for shape, took in freed])
-        fetches = np.array(self.fetches)
-        if min((fetches == 0).sum(), (fetches == 1).sum()) < FEWEST_HANDOVERS:
-            return None
-        return max(0.0, float(np.median(excess[fetches == 1]) - np.median(excess[fetches == 0])) / NS_PER_S)
+def _contention(steps: Sequence[Measured], slow: Sequence[float], beside: Sequence[float]) -> Contention:
+    """Of the probe's steps, where there is a probe."""
+    probe = [number for number, step in enumerate(steps) if step.probe]
+    if not probe:
+        return Contention()
+    return profiles.contention_of(
+        [(steps[each].shape, max(1, round(steps[each].took_ns / slow[each] - beside[each]))) for each in probe],
+        [steps[each].busy for each in probe],
+        [steps[each].engine for each in probe],
+    )
 
 
-def measure_launch(cfg: DictConfig, folder: Path, patience_s: float) -> Launch:
+def _handover_s(steps: Sequence[Measured], even: Sequence[tuple[StepShape, int]]) -> float | None:
+    """How much longer steps of an engine that fetches take for one fetch ahead of them; None where there is too little
+    to tell.
+    """
+    fetching = {step.engine for step in steps if step.fetches}
+    theirs = [number for number, step in enumerate(steps) if step.engine in fetching]
+    fetches = np.array([steps[number].fetches for number in theirs], dtype=np.int64)
+    if min((fetches == 0).sum(), (fetches == 1).sum()) < FEWEST_HANDOVERS:
+        return None
+    model = profiles.fit([step for step, each in zip(even, steps, strict=True) if not each.fetches])
+    excess = np.array([took - model.step_ns(shape) for shape, took in (even[number] for number in theirs)])
+    return max(0.0, float(np.median(excess[fetches == 1]) - np.median(excess[fetches == 0])) / NS_PER_S)
+
+
+def _reshape_s(steps: Sequence[Measured], even: Sequence[tuple[StepShape, int]]) -> float | None:
+    """How much longer steps of decodes take that have not as many rows as the step before; None where there is too
+    little to tell.
+    """
+    places = [number for number, step in enumerate(steps) if not step.shape.prefill_tokens and not step.fetches]
+    reshaped = np.array([steps[number].reshaped for number in places], dtype=bool)
+    if min(reshaped.sum(), (~reshaped).sum()) < FEWEST_RESHAPED:
+        return None
+    decodes = [even[number] for number in places]
+    model = profiles.fit([step for step, each in zip(decodes, reshaped, strict=True) if not each])
+    excess = np.array([took for _, took in decodes]) - profiles.expected_ns(model, decodes)
+    return max(0.0, float(np.median(excess[reshaped]) - np.median(excess[~reshaped])) / NS_PER_S)
+
+
+def _beside(step: Measured, handover_s: float | None, reshape_s: float | None) -> float:
+    """What a step takes beside its own time, in ns."""
+    return (step.fetches * (handover_s or 0.0) + step.reshaped * (reshape_s or 0.0)) * NS_PER_S
+
+
+def pace(steps: Sequence[Measured], profile: profiles.Profile) -> float:
+    """How long steps took, all in all, as a multiple of what the profile says. Those that others disturbed are left
+    out, unless that leaves next to none.
+    """
+    usable = _usable(steps)
+    freed = profiles.alone(
+        [(step.shape, step.took_ns) for step in usable], [step.busy for step in usable], profile.contention
+    )
+    beside = sum(_beside(step, profile.handover_s, profile.reshape_s) for step in usable)
+    expected = beside + profiles.expected_ns(profiles.model_of(profile), freed).sum()
+    return float(sum(took for _, took in freed) / expected)
+
+
+def _usable(steps: Sequence[Measured]) -> Sequence[Measured]:
+    usable = [step for step in steps if not step.disturbed]
+    return steps if len(usable) < len(steps) / 5 else usable
+
+
+def measure_launch(
+    cfg: DictConfig, folder: Path, patience_s: float, number: int = 0, split: bool = False, parts: int = 1
+) -> Launch:
     """Launch the engines, once others leave the machine alone, and run the load; what was measured stays in `folder`,
-    and where it is there already, nothing is run.
+    and where it is there already, nothing is run. `split`: launch a prefill and a decode engine instead. `number`,
+    `parts`: which of the loads, and into how many launches one is cut.
     """
     file = folder / "launch.json"
     if file.is_file():
         return msgspec.json.decode(file.read_bytes(), type=Launch)
     build.check_types(cfg)
-    sizes = (_engines(cfg), cfg.engine.max_sequences, cfg.profile_max_prompt)
-    load = profile_load.load(build.model_name(cfg), *sizes, cfg.seed)
-    recorder, steps = _run(cfg, load.arrivals, folder, patience_s)
-    numbers, ends = (recorder.requests[name].tolist() for name in ("request_id", "last_token_ns"))
-    probe_end = max((end for number, end in zip(numbers, ends, strict=True) if number < load.probe), default=0)
-    measured = [_measured(step, probe_end) for step in steps]
-    launch = Launch(measured, *message_delays(folder), stage_times(recorder))
+    model = build.model_name(cfg)
+    limits = (cfg.engine.max_sequences, cfg.profile_max_prompt, cfg.seed, number, parts)
+    probe: list[tuple[int, int]] = []
+    if split:
+        cfg = cfg.copy()
+        cfg.fleet = OmegaConf.load(CONF / "fleet" / "pd_1p1d.yaml")
+        arrivals = profile_load.handovers(model, *limits)
+    else:
+        arrivals, probe = profile_load.load(model, _engines(cfg), *limits)
+    recorder, steps = _run(cfg, arrivals, folder, patience_s)
+    began = min(step.span.start_ns for step in steps)
+    spans = _spans_of(recorder, probe)
+    launch = Launch(
+        [
+            Measured(
+                step.span.shape,
+                step.span.end_ns - step.span.start_ns,
+                step.busy,
+                step.engine,
+                any(start <= step.span.start_ns and step.span.end_ns <= end for start, end in spans),
+                step.disturbed,
+                int((step.span.end_ns - began) / (PACE_S * NS_PER_S)),
+                step.fetches,
+                step.reshaped,
+            )
+            for step in steps
+        ],
+        *message_delays(folder),
+        stage_times(recorder),
+        split,
+    )
     file.write_bytes(msgspec.json.encode(launch))
     return launch
 
 
-def measure_handovers(cfg: DictConfig, folder: Path, patience_s: float) -> Handovers:
-    """Launch a prefill and a decode engine instead, and see what fetching KV cache costs the one that decodes."""
-    file = folder / "handovers.json"
-    if file.is_file():
-        return msgspec.json.decode(file.read_bytes(), type=Handovers)
-    cfg = cfg.copy()
-    cfg.fleet = OmegaConf.load(CONF / "fleet" / "pd_1p1d.yaml")
-    arrivals = profile_load.handovers(build.model_name(cfg), cfg.profile_max_prompt, cfg.seed)
-    _, steps = _run(cfg, arrivals, folder, patience_s)
-    decoded = [step for step in steps if step.engine == 1 and not step.disturbed]
-    handovers = Handovers([_measured(step, 0) for step in decoded], [step.fetches for step in decoded])
-    file.write_bytes(msgspec.json.encode(handovers))
-    return handovers
+def _spans_of(recorder: Recorder, phases: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """From the first arrival to the last token of the requests from one number to another, in ns."""
+    columns = (recorder.requests[name].tolist() for name in ("request_id", "arrival_ns", "last_token_ns"))
+    times = {number: (arrival, last) for number, arrival, last in zip(*columns, strict=True)}
+    found = []
+    for first, last in phases:
+        known = [times[number] for number in range(first, last + 1) if number in times]
+        found.append((min(arrival for arrival, _ in known), max(end for _, end in known)))
+    return found
 
 
 class _Step(NamedTuple):
@@ -211,12 +305,7 @@ class _Step(NamedTuple):
     busy: profiles.Shares
     disturbed: bool
     fetches: int
-
-
-def _measured(step: _Step, probe_end: int) -> Measured:
-    span = step.span
-    probe = span.end_ns <= probe_end
-    return Measured(span.shape, span.end_ns - span.start_ns, step.busy, step.engine, probe, step.disturbed)
+    reshaped: bool
 
 
 def _run(cfg: DictConfig, arrivals: list[Arrival], folder: Path, patience_s: float) -> tuple[Recorder, list[_Step]]:
@@ -241,14 +330,14 @@ def _run(cfg: DictConfig, arrivals: list[Arrival], folder: Path, patience_s: flo
         assert isinstance(cluster, RealCluster)
         began = time.monotonic_ns() - cluster.now()
     turns = [list(read_turns(path)) for path in sorted((folder / "engines").glob("*.turns.jsonl"))]
-    fetches = [{turn.end_ns: len(turn.transfers) for turn in each} for each in turns]
+    details = _details(turns)
     return recorder, [
         _Step(
             engine,
             span,
             busy,
             bystanders.disturb(began + span.start_ns, began + span.end_ns),
-            fetches[engine][span.end_ns],
+            *details[engine][span.end_ns],
         )
         for engine, span, busy in steps_of(turns)
     ]
@@ -272,6 +361,28 @@ def from_logs(cfg: DictConfig, paths: list[Path]) -> profiles.Profile:
     ]
     profile = fitted(steps, "of the log", ", ".join(path.name for path in paths), len(paths), None, None, {})
     return msgspec.structs.replace(profile, versions={}, disturbed=None)
+
+
+def measured_steps(engines: list[list[TurnRecord]]) -> list[Measured]:
+    """The steps of engines that nobody disturbed."""
+    details = _details(engines)
+    return [
+        Measured(step.shape, step.end_ns - step.start_ns, busy, engine, False, False, 0, *details[engine][step.end_ns])
+        for engine, step, busy in steps_of(engines)
+    ]
+
+
+def _details(engines: list[list[TurnRecord]]) -> list[dict[int, tuple[int, bool]]]:
+    """Of each engine's steps, by their end: KV caches asked for in its turn, and whether its number of rows is new."""
+    found = []
+    for turns in engines:
+        of_step, rows = dict[int, tuple[int, bool]](), 0
+        transfers = {turn.end_ns: len(turn.transfers) for turn in turns if turn.done is not None}
+        for step in _spans(turns):
+            of_step[step.end_ns] = transfers[step.end_ns], step.shape.rows != rows
+            rows = step.shape.rows
+        found.append(of_step)
+    return found
 
 
 def steps_of(engines: list[list[TurnRecord]]) -> list[tuple[int, StepSpan, profiles.Shares]]:

@@ -71,6 +71,7 @@ class SimExecutor:
         self._coalesce = coalesce
         self._shared = shared
         self._varies = latency.varies
+        self._reshape, self._rows = latency.reshape_ns, 0
         self._record = record
         self._since = 0
         self._host = host_ns
@@ -195,7 +196,9 @@ class SimExecutor:
 
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
-        now, steps = self._clock.now, 0
+        now, steps, reshape = self._clock.now, 0, 0
+        if self._reshape and (rows := plan.shape.rows) != self._rows:  # steps of a segment have the same number of them
+            self._rows, reshape = rows, self._reshape
         if self._varies:
             self._latency.seek(self.steps)
         if plan.decodes is not self._batch:
@@ -207,9 +210,9 @@ class SimExecutor:
         if steps and not plan.chunks:
             self._ends = []
             self._untimed += 1
-            self._extend(plan, now, ahead)
+            self._extend(plan, now + reshape, ahead)
         else:
-            took = self._latency.step_ns(plan.shape)
+            took = self._latency.step_ns(plan.shape) + reshape
             took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
             end = now + took
             if self._shared is not None:

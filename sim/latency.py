@@ -26,7 +26,7 @@ class Fitted(Measured, LatencyModel):
     between each of `knots` and the next, because the kernels for so many rows are not those for more. A prompt token
     is a row, and so is a decoding sequence, in one step or in two. `ranges`: what was measured of each part of a step,
     by its name. `noise`: what an executor's steps have besides (see `sim.noise`). A guess to be verified counts as one
-    more prompt token: derived, the profiled engines do not speculate.
+    more prompt token: derived, the profiled engines do not speculate. `reshape_ns`: see `LatencyModel`.
     """
 
     FEATURES: ClassVar[tuple[str, ...]] = (
@@ -46,6 +46,7 @@ class Fitted(Measured, LatencyModel):
         knots: Sequence[int] = (),
         ranges: Mapping[str, tuple[float, float]] | None = None,
         noise: Noise | None = None,
+        reshape_ns: int = 0,
     ) -> None:
         names = self.names(knots)
         if len(coefficients_ns) != len(names):
@@ -58,6 +59,7 @@ class Fitted(Measured, LatencyModel):
         self.coefficients_ns = tuple(float(value) for value in coefficients_ns)
         self.knots = tuple(knots)
         self.noise = noise
+        self.reshape_ns = reshape_ns
         self._step, self._prefill, self._token, self._pair, self._chunk, self._decode, self._sequence, self._key = (
             self.coefficients_ns[: len(self.FEATURES)]
         )

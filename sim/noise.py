@@ -36,7 +36,7 @@ class Noisy(LatencyModel):
     varies = True
 
     def __init__(self, model: LatencyModel, noise: Noise, executor: str) -> None:
-        self.stages = model.stages
+        self.stages, self.reshape_ns = model.stages, model.reshape_ns
         self._model = model
         self._residuals = np.array(noise.residuals)
         self._rng = stream(noise.seed, f"step noise {noise.draw} {executor}")

@@ -1,6 +1,7 @@
 """Profiles: step times measured on a real engine, the latency model fitted to them, and the file both live in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.latency import StepShape
+from cluster.vocabulary import to_ns
 from sim.contention import Contention
 from sim.latency import Fitted
 from sim.noise import Noise
@@ -36,11 +38,12 @@ class FitError(msgspec.Struct, frozen=True):
 class Profile(msgspec.Struct, frozen=True):
     """What `deepflow profile` writes. `coefficients_ns`, `knots`: of the fitted model of an engine that computes alone.
     `ranges`: what was measured of each part of a step's shape. `contention`: what engines that compute at once do to
-    each other. `residuals`: measured over expected time of steps the model was not fitted to, in order of time.
-    `disturbed`: share of the steps measured during which something else used the machine: left out, but where that
-    would have left next to none; None: nobody looked. Delays and start-up stages: medians in seconds, None and none
-    where a log of steps was all there was. `handover_s`: for which fetching a KV cache keeps the engine that fetches it
-    from computing; None: not measured.
+    each other. `residuals`: measured over expected time of steps the model was not fitted to, engine by engine in the
+    order of time; the machine's pace is in them. `held_out`: at that pace. `disturbed`: share of the steps measured
+    during which something else used the machine: left out, but where that would have left next to none; None: nobody
+    looked. Delays and start-up stages: medians in seconds, None and none where a log of steps was all there was.
+    `handover_s`: for which fetching a KV cache keeps the engine that fetches it from computing; `reshape_s`: what a
+    step takes longer whose rows are not as many as those of the step before; None: not measured.
     """
 
     schema: str
@@ -61,6 +64,7 @@ class Profile(msgspec.Struct, frozen=True):
     event_s: float | None
     stages_s: dict[str, float]
     handover_s: float | None = None
+    reshape_s: float | None = None
 
 
 def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
@@ -73,13 +77,36 @@ def fit(steps: Sequence[tuple[StepShape, int]]) -> Fitted:
     names = Fitted.names(knots)
     if len(steps) < 2 * len(names):
         raise ValueError(f"{len(steps)} measured steps cannot fit {len(names)} coefficients: profile longer")
-    features = np.array([Fitted.features(shape, knots) for shape, _ in steps])
+    features = features_of([shape for shape, _ in steps], knots)
     times = np.array([float(duration) for _, duration in steps])
     expected = times
     for _ in range(4):
         coefficients = _non_negative(features / expected[:, None], times / expected)
         expected = np.maximum(features @ coefficients, 1.0)
     return Fitted([float(value) for value in coefficients], knots, feature_ranges(steps))
+
+
+def features_of(shapes: Sequence[StepShape], knots: Sequence[int]) -> Matrix:
+    """`Fitted.features` of many steps, a row each."""
+    tokens, attention, chunks, sequences, context, drafts = np.array(shapes, dtype=float).T
+    tokens_all = tokens + drafts
+    columns = [
+        np.ones(len(shapes)),
+        tokens > 0,
+        tokens_all,
+        attention,
+        chunks,
+        sequences > 0,
+        sequences,
+        context,
+        *(np.clip(sequences + tokens_all - low, 0, high - low) for low, high in pairwise((*knots, np.inf))),
+    ]
+    return np.column_stack(columns).astype(float)
+
+
+def expected_ns(model: Fitted, steps: Sequence[tuple[StepShape, int]]) -> Matrix:
+    """What a model says of each step, not rounded."""
+    return np.maximum(features_of([shape for shape, _ in steps], model.knots) @ model.coefficients_ns, 1.0)
 
 
 def knots_of(steps: Sequence[tuple[StepShape, int]]) -> list[int]:
@@ -113,7 +140,7 @@ def contention_of(steps: Sequence[tuple[StepShape, int]], busy: Sequence[Shares]
     contention = Contention()
     for _ in range(4):
         model = fit(alone(steps, busy, contention))
-        ratios = np.array([took / model.step_ns(shape) for shape, took in steps])
+        ratios = np.array([took for _, took in steps]) / expected_ns(model, steps)
         decodes = np.array([not shape.prefill_tokens for shape, _ in steps])
         found = [_slowed(ratios[kind], np.array(busy)[kind], np.array(engines)[kind]) for kind in (decodes, ~decodes)]
         contention = Contention(*found[0], *found[1])
@@ -144,11 +171,34 @@ def alone(
     return freed
 
 
+def paces(steps: Sequence[tuple[StepShape, int]], windows: Sequence[int]) -> list[float]:
+    """How slow the machine was during each step, for all engines alike: 1.03 took 3 % longer than on average.
+
+    `windows`: a number for each stretch of time within which a machine's pace is taken for constant. What the steps of
+    a window took, beside what steps like these take, is its pace; what they take is then fitted again at that pace.
+    """
+    places = np.unique(windows, return_inverse=True)[1]
+    took = np.array([float(duration) for _, duration in steps])
+    found = np.ones(len(steps))
+    for _ in range(3):
+        expected = expected_ns(fit(at_mean_pace(steps, found)), steps)
+        by_window = np.bincount(places, took) / np.bincount(places, expected)
+        found = by_window[places] * expected.sum() / took.sum()
+    return found.tolist()
+
+
+def at_mean_pace(steps: Sequence[tuple[StepShape, int]], pace: Iterable[float]) -> list[tuple[StepShape, int]]:
+    """The steps as long as they would have been at pace 1."""
+    return [(shape, round(took / slow)) for (shape, took), slow in zip(steps, pace, strict=True)]
+
+
 def _non_negative(features: Matrix, target: Matrix) -> Matrix:
     """Least squares with coefficients of 0 and more: drop the most negative one until none is."""
     active = np.flatnonzero(np.abs(features).sum(axis=0) > 0)
     scale = np.zeros(features.shape[1])
     scale[active] = np.abs(features[:, active]).mean(axis=0)
+    rotation, features = np.linalg.qr(features)  # as many rows as columns: the same sums of squares but for a constant
+    target = rotation.T @ target
     while True:
         solution, *_ = np.linalg.lstsq(features[:, active] / scale[active], target, rcond=None)
         if len(active) == 0 or solution.min() >= 0:
@@ -168,8 +218,7 @@ def held_out(steps: Sequence[tuple[StepShape, int]], folds: int = 5) -> tuple[Fi
     for part in np.array_split(np.arange(len(steps)), folds):
         inside = set(part.tolist())
         model = fit([step for number, step in enumerate(steps) if number not in inside])
-        for number in part:
-            predicted[number] = model.step_ns(steps[number][0])
+        predicted[part] = expected_ns(model, [steps[number] for number in part])
     measured = np.array([float(duration) for _, duration in steps])
     relative = np.abs(predicted - measured) / measured
     error = FitError(
@@ -209,12 +258,12 @@ def load_latency(path: str | Path, noise: int | None = 0, seed: int = 0) -> Fitt
     """
     profile = load(path)
     drawn = None if noise is None or not profile.residuals else Noise(tuple(profile.residuals), seed, noise)
-    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, drawn)
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, drawn, to_ns(profile.reshape_s or 0.0))
 
 
 def model_of(profile: Profile) -> Fitted:
     """Its latency model, without noise."""
-    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges)
+    return Fitted(profile.coefficients_ns, profile.knots, profile.ranges, None, to_ns(profile.reshape_s or 0.0))
 
 
 def describe(profile: Profile) -> str:
@@ -236,6 +285,8 @@ def describe(profile: Profile) -> str:
         lines.append(f"messages: {profile.dispatch_s * 1e6:.0f} us to an engine, {profile.event_s * 1e6:.0f} us back")
     if profile.handover_s is not None:
         lines.append(f"fetching a KV cache: {profile.handover_s * 1e6:.0f} us of the engine's own time")
+    if profile.reshape_s is not None:
+        lines.append(f"a step of more or fewer rows than the one before: {profile.reshape_s * 1e6:.0f} us more")
     for name, value in zip(Fitted.names(profile.knots), profile.coefficients_ns, strict=True):
         low, high = profile.ranges.get(name, (0.0, 0.0))
         measured = f"   measured {low:g} to {high:g}" if name in profile.ranges else ""

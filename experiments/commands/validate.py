@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _matrix(arguments: list[str]) -> int:
-    from experiments.matrix import Matrix, paced_table, print_matrix, report_runs, save, table
+    from experiments.matrix import Matrix, pace_table, print_matrix, report_runs, save, table
     from experiments.report import write_report
     from sim.profile import describe
 
@@ -71,7 +71,7 @@ def _matrix(arguments: list[str]) -> int:
     folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_validate"
     matrix = Matrix([each for each in overrides if not each.startswith("out=")], config_dirs, folder)
     profile, results = matrix.run()
-    tables = [table(results), paced_table(results)]
+    tables = [table(results), pace_table(results)]
     print(describe(profile))
     for each in tables:
         print()

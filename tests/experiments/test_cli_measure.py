@@ -9,6 +9,7 @@ from cluster.request import Task
 from experiments import fidelity, profile_load, profiling
 from experiments.commands import heatmap
 from experiments.outputs import read_summary
+from experiments.profile_load import Level
 from policies.dispatch.heat_map import HeatMap
 from sim import profile as profiles
 from tests.experiments.conftest import Command
@@ -33,9 +34,9 @@ NULL_ENGINE = ("backend.device=null", "backend.step_s=0.001", "progress=false", 
 @pytest.fixture
 def short_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few requests at a time, and nothing but sleeping engines."""
-    monkeypatch.setattr(profile_load, "CONCURRENCY", ((1, 3), (3, 3)))
+    monkeypatch.setattr(profile_load, "LEVELS", (Level(1, 3), Level(3, 3), Level(2, 2, 2, 0.01)))
     monkeypatch.setattr(profile_load, "PROMPTS", 3)
-    monkeypatch.setattr(profile_load, "HANDED_OVER", (2, 12))
+    monkeypatch.setattr(profile_load, "HANDED_OVER", (Level(2, 12),))
     monkeypatch.setattr(profile_load, "DECODE_TOKENS", 12)
     undisturbed(monkeypatch)
     monkeypatch.setattr(fidelity, "REAL_BASE", [*fidelity.REAL_BASE, *NULL_ENGINE[2:]])

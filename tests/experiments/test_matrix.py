@@ -8,6 +8,7 @@ import pytest
 
 from experiments import matrix, profile_load
 from experiments.matrix import Bounds, Case, CaseResult, Schedule, Verdict
+from experiments.profile_load import Level
 from tests.experiments.conftest import Command
 from tests.experiments.small import undisturbed
 
@@ -43,9 +44,9 @@ validation:
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with the experiment; the profile's load is short."""
-    monkeypatch.setattr(profile_load, "CONCURRENCY", ((1, 3), (3, 3), (12, 2)))
+    monkeypatch.setattr(profile_load, "LEVELS", (Level(1, 3), Level(3, 3), Level(12, 2)))
     monkeypatch.setattr(profile_load, "PROMPTS", 3)
-    monkeypatch.setattr(profile_load, "HANDED_OVER", (2, 12))
+    monkeypatch.setattr(profile_load, "HANDED_OVER", (Level(2, 12),))
     monkeypatch.setattr(profile_load, "DECODE_TOKENS", 12)
     monkeypatch.setattr(matrix, "SATURATING", 60)
     undisturbed(monkeypatch)
@@ -55,8 +56,8 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_matrix_is_run_judged_and_gone_on_with(options: str, deepflow: Command) -> None:
-    """Every case has real runs, simulated ones, verdicts and a schedule that lockstep finds identical; what is there is
-    not run again, but what was disturbed is.
+    """Every case has real runs, simulated ones, verdicts and a schedule that lockstep finds identical, and engines are
+    profiled around the runs; what is there is not run again, but what was disturbed is.
     """
     arguments = ("validate", "--config-dir", options, "experiment=small", "out=judged")
     said = deepflow(*arguments)
@@ -65,8 +66,9 @@ def test_a_matrix_is_run_judged_and_gone_on_with(options: str, deepflow: Command
     content = json.loads(Path("judged/matrix.json").read_text())
     assert [case["case"]["name"] for case in content["cases"]] == ["near saturation", "1P1D prefixes"]
     for case in content["cases"]:
-        assert len(case["real"]) == len(case["simulated"]) == len(case["schedules"]) == 2
-        assert {run["finished"] for run in case["real"] + case["simulated"]} == {case["requests"]}
+        runs = (case[each] for each in ("real", "paces", "paced", "schedules"))
+        assert [len(each) for each in runs] == [2] * 4
+        assert {run["finished"] for run in case["real"]} == {case["requests"]}
         assert all(schedule["difference"] is None for schedule in case["schedules"])
         assert [each["metric"] for each in case["verdicts"]] == list(matrix.METRICS)
     prefixes = content["cases"][1]["schedules"][0]
@@ -74,6 +76,8 @@ def test_a_matrix_is_run_judged_and_gone_on_with(options: str, deepflow: Command
     assert prefixes["transfers"] > 0
     assert "1P1D prefixes" in Path("judged/report.html").read_text()
     assert said.out.count("identical in") == 2
+    launches = [json.loads(Path(f"judged/profile/launch{number}/launch.json").read_text()) for number in range(3)]
+    assert [each["split"] for each in launches] == [False, True, False]
     runs = {path: path.stat().st_mtime_ns for path in Path("judged").glob("*/real*/requests.parquet")}
     assert len(runs) == 4
     again = Path("judged/near_saturation/real1")
@@ -112,9 +116,9 @@ def test_numbers_of_a_case() -> None:
         2.0,
         [0.0, 0.5],
         [run, {**run, "e2e_p99_s": 1.5}],
-        [{**run, "e2e_p99_s": 1.0}, {**run, "e2e_p99_s": 1.4}],
+        {**run, "e2e_p99_s": 1.2},
         [1.0, 1.1],
-        [{**run, "e2e_p99_s": 0.9}, {**run, "e2e_p99_s": 1.53}],
+        [{**run, "e2e_p99_s": 0.9}, {**run, "e2e_p99_s": 1.5}],
         bounds,
         schedules,
     )
@@ -122,8 +126,8 @@ def test_numbers_of_a_case() -> None:
     assert (last.metric, last.real, last.simulated, last.bound) == ("e2e_p99_s", 1.25, pytest.approx(1.2), 0.05)
     assert last.difference == pytest.approx(0.4)
     assert last.said == "met"
-    assert last.paced == pytest.approx((-0.1 + 0.02) / 2)
-    assert matrix.paced_table([result]).rows[0][6:] == ["-4.0%", "+0.0%", "1.00, 1.10"]
+    assert last.paced == pytest.approx(-0.04)
+    assert matrix.pace_table([result]).rows[0][6:] == ["-4.0%", "+0.0%", "1.00, 1.10"]
     assert result.disturbed
     assert matrix.lockstep_text(schedules) == "different: te-1, turn 7: plans"
     assert matrix.lockstep_text(schedules[:1]) == "identical in 10 turns (2 hits, 3 preemptions, 4 transfers)"

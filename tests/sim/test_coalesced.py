@@ -81,6 +81,7 @@ LATENCIES = (
     lambda: Constant(0.01),
     lambda: Constant(0.001, 0.0005),
     lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7]),
+    lambda: Fitted([1e6, 3e5, 777, 3.3, 1e4, 9e4, 1111, 5.7], reshape_ns=123_456),
 )
 
 NOISES = (None, None, Noise((1.0, 0.93, 1.21, 0.98, 3.0), 1), Noise((0.5,), 2))

@@ -9,7 +9,7 @@ from cluster.latency import StepShape
 from experiments import compose, run
 from experiments.outputs import read_summary
 from sim.latency import Fitted
-from sim.profile import fit, held_out, knots_of
+from sim.profile import features_of, fit, held_out, knots_of
 from sim.table import load_table
 
 
@@ -61,6 +61,7 @@ def test_pieces_are_what_their_features_say() -> None:
             shape = StepShape(tokens, 8 * tokens, tokens, sequences, 11 * sequences, 3 if sequences else 0)
             terms = zip(model.coefficients_ns, Fitted.features(shape, model.knots), strict=True)
             assert model.step_ns(shape) == max(1, sum(coefficient * feature for coefficient, feature in terms))
+            assert features_of([shape], model.knots)[0].tolist() == list(Fitted.features(shape, model.knots))
     assert model.step_ns(decodes(6, 0)) == 1 + 100 + 6 * 5 + 3 * 50 + 7
     with pytest.raises(ValueError, match=r"needs 10 coefficients .*rows > 5.*, not 8"):
         Fitted([1] * 8, (2, 5))
