@@ -65,7 +65,11 @@ class Clock:
 
     def run_until(self, time: int) -> None:
         """Process all that happens before `time`, and what comes ahead of everything else then."""
-        while self._queue and self._queue[0][:2] < (time, URGENT):
+        queue = self._queue
+        while queue:
+            due: int = queue[0][0]
+            if due > time or (due == time and queue[0][1] >= URGENT):
+                break
             self.step()
         self.now = self.env._now = time
 

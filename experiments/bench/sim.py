@@ -9,6 +9,7 @@ simulator, splitwise-sim and Vidur run from checkouts of the user's, as in vidur
 
 import subprocess
 import sys
+from statistics import median
 
 import msgspec
 
@@ -21,12 +22,14 @@ from experiments.bench.harness.simulators import Peer, PeerError
 from traces.catalog import find
 
 SCALE = ("10 executors", "100 executors", "1024 executors")
+FEW = 50_000
+"""Runs of fewer requests are repeated."""
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):
     """`requests`: of w16; w1 has an eighth of them. `dynamo`: no, or its peer's part is measured too. `blis` to
-    `vidur`: checkouts of further peers, CHECKOUT[:PYTHON]. `large`: requests of the long run on 1,024 executors, whose
-    time per request is held against that of 10,000.
+    `vidur`: checkouts of further peers, CHECKOUT[:PYTHON]. `each`: requests per executor where numbers of executors are
+    compared. `large`: requests of the long run on 10 executors, whose time per request is held against that of 10,000.
     """
 
     requests: int = 16_000
@@ -35,6 +38,7 @@ class Options(CommonOptions, frozen=True, kw_only=True):
     distserve: str | None = None
     splitwise: str | None = None
     vidur: str | None = None
+    each: int = 200
     large: int = 200_000
 
 
@@ -115,22 +119,26 @@ def _rates(measured: list[Measured], requests: int) -> list[float]:
 
 
 def _scaling(options: Options) -> list[Row]:
-    """Time per request with more executors at the same load of each, and with more requests. CPU time: it is compared
-    with itself.
+    """Time per request with more executors, each with the same load for the same time (of a shorter run more is filling
+    and emptying, in smaller batches), and with more requests. CPU time: it is compared with itself.
     """
-    each = {name: _measure(name, 10_000, True).cpu_s / 10_000 for name in SCALE}
-    long = _measure(SCALE[-1], options.large, True)
-    few, many = each[SCALE[0]], each[SCALE[-1]]
-    rows = [Row(name=f"{name}, by load and prefix", value=1e6 * took, unit="us/request") for name, took in each.items()]
-    per_request = long.cpu_s / options.large
+    took, rows = dict[str, float](), list[Row]()
+    for name in SCALE:
+        requests = CASES[name].executors * options.each
+        measured = [_measure(name, requests, True) for _ in range(options.repeats if requests < FEW else 1)]
+        took[name] = median(each.cpu_s for each in measured) / requests
+        said = f"{requests} requests, {measured[-1].steps} steps, {measured[-1].peak_mib:.0f} MiB"
+        rows.append(Row(name=f"{name}, by load and prefix", value=1e6 * took[name], unit="us/request", detail=said))
+    few = SCALE[0]
+    short, long = (_measure(few, requests, True).cpu_s / requests for requests in (10_000, options.large))
     return [
         *rows,
-        Row(name="1024 / 10 executors, time per request", value=many / few, unit="x", at_most=1.5),
+        Row(name="1024 / 10 executors, time per request", value=took[SCALE[-1]] / took[few], unit="x", at_most=1.5),
         Row(
             name=f"{options.large} / 10000 requests, time per request",
-            value=per_request / many,
+            value=long / short,
             unit="x",
-            detail=f"on 1024 executors, {1e6 * per_request:.0f} us, {long.peak_mib:.0f} MiB",
+            detail=f"on 10 executors, {1e6 * long:.0f} us",
         ),
     ]
 
