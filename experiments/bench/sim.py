@@ -9,7 +9,6 @@ simulator, splitwise-sim and Vidur run from checkouts of the user's, as in vidur
 
 import subprocess
 import sys
-from statistics import median
 
 import msgspec
 
@@ -22,8 +21,6 @@ from experiments.bench.harness.simulators import Peer, PeerError
 from traces.catalog import find
 
 SCALE = ("10 executors", "100 executors", "1024 executors")
-FEW = 50_000
-"""Runs of fewer requests are repeated."""
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):
@@ -120,27 +117,29 @@ def _rates(measured: list[Measured], requests: int) -> list[float]:
 
 def _scaling(options: Options) -> list[Row]:
     """Time per request with more executors, each with the same load for the same time (of a shorter run more is filling
-    and emptying, in smaller batches), and with more requests. CPU time: it is compared with itself.
+    and emptying, in smaller batches), and with more requests. CPU time: it is compared with itself, measured right
+    before and after.
     """
-    took, rows = dict[str, float](), list[Row]()
-    for name in SCALE:
-        requests = CASES[name].executors * options.each
-        measured = [_measure(name, requests, True) for _ in range(options.repeats if requests < FEW else 1)]
-        took[name] = median(each.cpu_s for each in measured) / requests
-        said = f"{requests} requests, {measured[-1].steps} steps, {measured[-1].peak_mib:.0f} MiB"
-        rows.append(Row(name=f"{name}, by load and prefix", value=1e6 * took[name], unit="us/request", detail=said))
-    few = SCALE[0]
-    short, long = (_measure(few, requests, True).cpu_s / requests for requests in (10_000, options.large))
+    few, rows = SCALE[0], list[Row]()
+    for name in SCALE[1:]:
+        requests, shorter = CASES[name].executors * options.each, CASES[few].executors * options.each
+        ratio, took, said = _growth((few, shorter), (name, requests))
+        rows.append(Row(name=f"{name}, by load and prefix", value=took, unit="us/request", detail=said))
+    rows.append(Row(name="1024 / 10 executors, time per request", value=ratio, unit="x", at_most=1.5))
+    ratio, took, said = _growth((few, 10_000), (few, options.large))
+    detail = f"on 10 executors, {took:.0f} us, {said}"
     return [
         *rows,
-        Row(name="1024 / 10 executors, time per request", value=took[SCALE[-1]] / took[few], unit="x", at_most=1.5),
-        Row(
-            name=f"{options.large} / 10000 requests, time per request",
-            value=long / short,
-            unit="x",
-            detail=f"on 10 executors, {1e6 * long:.0f} us",
-        ),
+        Row(name=f"{options.large} / 10000 requests, time per request", value=ratio, unit="x", detail=detail),
     ]
+
+
+def _growth(short: tuple[str, int], long: tuple[str, int]) -> tuple[float, float, str]:
+    """How many times as long a request takes in the long run as in the short one, us in the long one, and about it."""
+    before, measured, after = (_measure(name, requests, True) for name, requests in (short, long, short))
+    took = measured.cpu_s / long[1]
+    said = f"{long[1]} requests, {measured.steps} steps, {measured.peak_mib:.0f} MiB"
+    return took / ((before.cpu_s + after.cpu_s) / 2 / short[1]), 1e6 * took, said
 
 
 def _measure(name: str, requests: int, fast: bool) -> Measured:
