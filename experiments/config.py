@@ -3,8 +3,9 @@
 import inspect
 import logging
 import os
+from enum import EnumType
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from hydra import compose as hydra_compose
@@ -44,7 +45,15 @@ def typed(node: Any, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(plain(node), kind)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error}{_allowed(str(error), kind)}") from error
+
+
+def _allowed(said: str, kind: type) -> str:
+    """What may stand where `said` names a field that takes only certain words."""
+    field = said.rpartition("`$.")[2].rstrip("`")
+    hint = get_type_hints(kind).get(field) if said.startswith("Invalid enum value") else None
+    words = get_args(hint) if get_origin(hint) is Literal else list(hint) if isinstance(hint, EnumType) else []
+    return f": allowed are {', '.join(map(str, words))}" if words else ""
 
 
 def build(node: Any, where: str, **known: Any) -> Any:

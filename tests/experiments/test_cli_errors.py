@@ -102,7 +102,10 @@ WRONG = {
         "backend.draft_model is nowhere: there is no config.json",
     ),
     "layers of a real engine": (["run", *NULL_RUN, "engine.kv_transfer=by_layer"], "take by_chunk, or backend=sim"),
-    "layers of nothing": (["run", "engine.kv_transfer=by_hand"], "engine: Invalid enum value 'by_hand'"),
+    "layers of nothing": (
+        ["run", "engine.kv_transfer=by_hand"],
+        "`$.kv_transfer`: allowed are by_request, by_chunk, by_layer",
+    ),
     "draft model for nothing": (["run", *GUESSING, "backend.draft_model=x"], "is x, but nothing uses it"),
     "negative step": (["run", *NULL_RUN, "backend.step_s=-1"], "backend.step_s is -1"),
     "folder in a file": (["run", *SIM, "out=empty.csv/run"], "empty.csv/run"),
