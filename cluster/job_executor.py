@@ -119,11 +119,8 @@ class JobExecutor:
             return self._park(job)
         task, executor = placed
         job.task, job.executor, job.kind = task, executor, task.kind
-        self._tasks[task.task_id] = job
         job.queued_tokens = 0 if job.kind is TaskKind.DECODE else task.context_tokens
-        self.fleet.count(executor, 1, job.queued_tokens)
-        self.policy.dispatched(task, executor)
-        return [DispatchTask(self.name, executor, task)]
+        return self._dispatch(job, task, executor, job.queued_tokens)
 
     def _choose(self, draft: Task, now: int) -> tuple[Task, str] | None:
         """The executor for a task, and the task with the kind that this executor serves."""
@@ -152,8 +149,11 @@ class JobExecutor:
             return []
         job.dropped = False
         job.ahead, job.ahead_executor = task, executor = placed
+        return self._dispatch(job, task, executor, 0)
+
+    def _dispatch(self, job: Job, task: Task, executor: str, queued_tokens: int) -> list[Action]:
         self._tasks[task.task_id] = job
-        self.fleet.count(executor, 1, 0)
+        self.fleet.count(executor, 1, queued_tokens)
         self.policy.dispatched(task, executor)
         return [DispatchTask(self.name, executor, task)]
 

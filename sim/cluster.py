@@ -514,7 +514,7 @@ class SimCluster(Cluster):
 
     def _send(self, name: str, message: Message, delay: int) -> None:
         # Even without delay not at once: steps of the receiver that end now have ended when it arrives.
-        self._after(delay, partial(self._arrive, name, message))
+        self.clock.alarm(delay, partial(self._arrive, name, message))
 
     def _arrive(self, name: str, message: Message) -> None:
         executor = self.executors.get(name) or self.workers.get(name)
@@ -523,21 +523,15 @@ class SimCluster(Cluster):
 
     def _emit(self, event: ev.Event, delay: int = 0) -> None:
         if delay:
-            self._after(delay, partial(self._heard, event))
+            self.clock.alarm(delay, partial(self._events.append, event))
         else:
             self._events.append(event)
 
-    def _heard(self, event: ev.Event) -> None:
-        self._events.append(event)
-
     def _at(self, delay: int, action: Callable[[], None]) -> None:
         if delay:
-            self._after(delay, action)
+            self.clock.alarm(delay, action)
         else:
             action()
-
-    def _after(self, delay: int, callback: Callable[[], None]) -> None:
-        self.clock.alarm(delay, callback)
 
 
 def _parties(source: str, target: str) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ class Starter:
             self._unplaced[name] = start
             return
         self._unplaced.pop(name, None)
-        self._after(0, partial(self._begin, start))
+        self._clock.alarm(0, partial(self._begin, start))
 
     def _seat(self, start: _Start, host: HostShape) -> bool:
         """Whether there was room."""
@@ -129,7 +129,7 @@ class Starter:
         stage, took = stages[start.stage]
         load = start.node.load
         after = partial(self._load if stage is Stage.TE_LOAD and load is not None else self._next, start)
-        self._after(took, after)
+        self._clock.alarm(took, after)
 
     def _next(self, start: _Start) -> None:
         """A stage is over."""
@@ -152,9 +152,6 @@ class Starter:
     def _gone(self, start: _Start) -> bool:
         return self._starts.get(start.action.executor) is not start
 
-    def _after(self, delay: int, action: Callable[[], None]) -> None:
-        self._clock.alarm(delay, action)
-
     # -- weights from the host ------------------------------------------------------------------------------------
 
     def _load(self, start: _Start) -> None:
@@ -163,9 +160,9 @@ class Starter:
         if self._gone(start) or load is None:
             return
         if load.fork and self._running.get(_key(start)):
-            self._after(to_ns(load.fork_setup_s), partial(self._gather, start))
+            self._clock.alarm(to_ns(load.fork_setup_s), partial(self._gather, start))
         else:
-            self._after(to_ns(load.setup_s), partial(self._local, start))
+            self._clock.alarm(to_ns(load.setup_s), partial(self._local, start))
 
     def _local(self, start: _Start) -> None:
         load, name = start.node.load, start.action.executor
@@ -200,7 +197,7 @@ class Starter:
                 host.cache.insert(file, -(-load.file_bytes // len(hosts)))
             for name in waiting:
                 if name in self._starts:
-                    self._after(0, partial(self._local, self._starts[name]))
+                    self._clock.alarm(0, partial(self._local, self._starts[name]))
         if success:
             self._next(start)
 
@@ -213,7 +210,7 @@ class Starter:
         key = _key(start)
         if key not in self._gathering:
             self._gathering[key] = []
-            self._after(0, partial(self._fork, key))
+            self._clock.alarm(0, partial(self._fork, key))
         self._gathering[key].append(start.action.executor)
 
     def _fork(self, key: Key) -> None:
@@ -265,9 +262,9 @@ class Starter:
             if start is None:
                 continue
             if success:
-                self._after(round((depths[target] - 1) * took * broadcast.share), partial(self._next, start))
+                self._clock.alarm(round((depths[target] - 1) * took * broadcast.share), partial(self._next, start))
             else:
-                self._after(0, partial(self._load, start))
+                self._clock.alarm(0, partial(self._load, start))
 
 
 def _key(start: _Start) -> Key:

@@ -37,6 +37,7 @@ from cluster.work import (
 from flowserve.core.config import EngineConfig
 from policies.dispatch.least_outstanding import LeastOutstanding
 from policies.scaling.fixed import Fixed
+from sim.clock import Clock
 from sim.cluster import SimCluster
 from sim.coldstart import Load
 from sim.contention import Contention
@@ -379,6 +380,12 @@ def run_sim(
         left = dict(cluster.executors)
     control.recorder.censor()
     return Run(control.recorder, cluster, control, events, log.getvalue(), left)
+
+
+def run_out(clock: Clock) -> None:
+    """Until nothing is left to happen."""
+    while clock.next_ns is not None:
+        clock.step()
 
 
 def disaggregated(prefill: int = 1, decode: int = 1, colocated: int = 0) -> list[GroupPlan]:

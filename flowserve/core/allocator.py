@@ -193,9 +193,7 @@ class SegmentAllocator(BlockAllocator):
     def _set(self, start: int, end: int) -> None:
         """[start, end) is what is left of a free segment."""
         if start < end:
-            self._ends[start] = end
-            self._starts[end] = start
-            insort(self._by_length, (end - start) * self.total + start)
+            insort(self._by_length, self._note(start, end))
         else:
             del self._starts[end]
 
@@ -206,8 +204,12 @@ class SegmentAllocator(BlockAllocator):
             start = starts.pop(start)
         if end in ends:
             end = ends.pop(end)
-        ends[start] = end
-        starts[end] = start
+        return self._note(start, end)
+
+    def _note(self, start: int, end: int) -> int:
+        """[start, end) is a free segment. Returns its entry in the order of lengths."""
+        self._ends[start] = end
+        self._starts[end] = start
         return (end - start) * self.total + start
 
 

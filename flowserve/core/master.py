@@ -57,6 +57,11 @@ class _Fetching:
         self.whole = False
         self.failed: tuple[FailureReason, str] | None = None
 
+    def lose(self) -> None:
+        """It will not come, if that was not known for another reason."""
+        if self.failed is None:
+            self.failed = (FailureReason.KV_LOST, "")
+
 
 class _Lease:
     """KV cache that executor `reader` fetches for its `for_task`. `offered`: how many blocks, from the first on."""
@@ -453,7 +458,7 @@ class Master:
         if fetching is None:
             return
         if message.blocks is None:
-            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+            fetching.lose()
         elif message.block_tokens != size:
             said = (
                 f"{message.source} keeps {message.block_tokens} tokens per KV cache block and {self.name} {size}: give "
@@ -478,14 +483,14 @@ class Master:
             return
         fetching.copying -= 1
         if not success:
-            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+            fetching.lose()
         self._go_on(task_id, now)
 
     def _stop_fetching(self, task_id: int, now: int) -> None:
         """A task is over that may be waiting for its KV cache: a copy under way goes on, and nothing else."""
         fetching = self._fetches.get(task_id)
         if fetching is not None:
-            fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+            fetching.lose()
             self._go_on(task_id, now)
 
     def _go_on(self, task_id: int, now: int) -> None:
@@ -507,7 +512,7 @@ class Master:
                 self._released(task_id, executor)
         for task_id, fetching in list(self._fetches.items()):
             if fetching.source.executor == executor and not fetching.whole:  # else a copy under way ends by itself
-                fetching.failed = fetching.failed or (FailureReason.KV_LOST, "")
+                fetching.lose()
                 self._go_on(task_id, now)
 
     def _drop_ends(self) -> None:

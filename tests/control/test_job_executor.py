@@ -1,6 +1,7 @@
 """The job executor, event by event: what it asks for, and how each request comes to its one end."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -76,27 +77,24 @@ class Desk:
         [dispatch] = [action for action in self.last if isinstance(action, DispatchTask)]
         return dispatch
 
+    def about(self, dispatch: DispatchTask) -> dict[str, Any]:
+        """What every event says that is about a task."""
+        task = dispatch.task
+        times = {"time": self.now, "occurred": self.now}
+        numbers = {"request_id": task.request.request_id, "task_id": task.task_id}
+        return {"to": "je-0", "executor": dispatch.executor} | times | numbers
+
     def first_token(self, dispatch: DispatchTask) -> list[Action]:
         return self.hear(
             ev.FirstToken(
-                to="je-0",
-                time=self.now,
-                occurred=self.now,
-                request_id=dispatch.task.request.request_id,
-                task_id=dispatch.task.task_id,
-                executor=dispatch.executor,
+                **self.about(dispatch),
             )
         )
 
     def started(self, dispatch: DispatchTask) -> list[Action]:
         return self.hear(
             ev.PrefillStarted(
-                to="je-0",
-                time=self.now,
-                occurred=self.now,
-                request_id=dispatch.task.request.request_id,
-                task_id=dispatch.task.task_id,
-                executor=dispatch.executor,
+                **self.about(dispatch),
                 kv_runs=(7,),
             )
         )
@@ -104,12 +102,7 @@ class Desk:
     def finished(self, dispatch: DispatchTask, generated: int, stopped: bool = True) -> list[Action]:
         return self.hear(
             ev.TaskFinished(
-                to="je-0",
-                time=self.now,
-                occurred=self.now,
-                request_id=dispatch.task.request.request_id,
-                task_id=dispatch.task.task_id,
-                executor=dispatch.executor,
+                **self.about(dispatch),
                 generated=generated,
                 stopped=stopped,
                 tokens=generated - dispatch.task.generated,
@@ -123,12 +116,7 @@ class Desk:
     ) -> list[Action]:
         return self.hear(
             ev.TaskFailed(
-                to="je-0",
-                time=self.now,
-                occurred=self.now,
-                request_id=dispatch.task.request.request_id,
-                task_id=dispatch.task.task_id,
-                executor=dispatch.executor,
+                **self.about(dispatch),
                 reason=reason,
                 generated=generated,
                 detail=detail,
@@ -138,12 +126,7 @@ class Desk:
     def aborted(self, dispatch: DispatchTask, generated: int = 0) -> list[Action]:
         return self.hear(
             ev.TaskAborted(
-                to="je-0",
-                time=self.now,
-                occurred=self.now,
-                request_id=dispatch.task.request.request_id,
-                task_id=dispatch.task.task_id,
-                executor=dispatch.executor,
+                **self.about(dispatch),
                 generated=generated,
             )
         )

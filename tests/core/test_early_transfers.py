@@ -265,26 +265,27 @@ def test_the_end_of_the_prefill_waits_for_copies() -> None:
     assert engine.master.core.in_flight
 
 
-def test_what_is_cached_here_is_not_copied() -> None:
-    """Parts in front of, across and behind the end of a cached prefix; where all is cached, the end is waited for."""
-    ids = (11, 22, 33, 44, 55, 66, 77)
+def with_cached(ids: tuple[int, ...]) -> Engine:
+    """One that has computed the first three blocks of a context before."""
     engine = Engine("by_layer")
     engine.dispatch(make_task(5, 16 * 3, 1, ids=ids))
     engine.schedule()
     engine.step()
     engine.step()
     engine.outbox.take()
+    return engine
+
+
+def test_what_is_cached_here_is_not_copied() -> None:
+    """Parts in front of, across and behind the end of a cached prefix; where all is cached, the end is waited for."""
+    ids = (11, 22, 33, 44, 55, 66, 77)
+    engine = with_cached(ids)
     engine.dispatch(make_task(0, PROMPT, 9, TaskKind.DECODE, 1, ids=ids, source="p"))
     engine.schedule()
     for part in (offer(0, 2), offer(2, 2), offer(4, 3)):
         engine.give(part)
     assert [each.source_blocks for each in engine.outbox.take().transfers] == [[23], [24, 25, 26]]
-    engine = Engine("by_layer")
-    engine.dispatch(make_task(5, 16 * 3, 1, ids=ids))
-    engine.schedule()
-    engine.step()
-    engine.step()
-    engine.outbox.take()
+    engine = with_cached(ids)
     engine.dispatch(make_task(0, 16 * 3, 9, TaskKind.DECODE, 1, ids=ids, source="p"))
     engine.schedule()
     assert engine.outbox.take().peers == [("p", KvRequested(1000, 0, "te"))]

@@ -12,17 +12,13 @@ from simpy.core import EmptySchedule
 from simpy.events import NORMAL, URGENT, EventPriority
 
 from sim.clock import Clock
+from tests.builders import run_out
 
 happened: list[int] = []
 
 
 def note(number: int) -> None:
     happened.append(number)
-
-
-def run_out(clock: Clock) -> None:
-    while clock.next_ns is not None:
-        clock.step()
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-2, 2), st.booleans()), max_size=30))

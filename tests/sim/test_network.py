@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cluster.vocabulary import NS_PER_S, to_ns
 from sim.clock import Clock
 from sim.network import BYTE, UNIT, Filling, Flow, Link, Network, Path
+from tests.builders import run_out
 
 RATES = (1e6, 3e6, 7e5, 1e9)
 MS = 1_000_000
@@ -28,12 +29,6 @@ class Asked(NamedTuple):
     calls: int
     latency_s: float
     party: str
-
-
-def run_out(clock: Clock) -> None:
-    """Until nothing is left to happen."""
-    while clock.next_ns is not None:
-        clock.step()
 
 
 class Net:
