@@ -13,6 +13,9 @@ from cluster.request import Request
 from cluster.vocabulary import ExecutorSpec, ExecutorState, FailureReason, Outcome, Stage
 from cluster.work import WorkRequest
 
+TIME_BYTES = 8
+"""Of each packed time."""
+
 
 def pack_times(times_ns: Iterable[int]) -> bytes:
     """Times in ns as 8-byte integers, the first one first: the hundreds of an answer are copied at once."""

@@ -1,9 +1,8 @@
 """What happened, noted while it happens: a row per request, the gaps between its tokens, loads, steps of scaling."""
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from struct import pack
+from struct import pack, unpack_from
 from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ TIMES_AT_ONCE = 1 << 13
 
 
 class _Live:
-    """`times` of tokens; `breaks`: places in it before which it is not known how long the pause was."""
+    """`times` of tokens, packed; `breaks`: places in it before which it is not known how long the pause was."""
 
     __slots__ = (
         "accepted",
@@ -54,7 +53,7 @@ class _Live:
         self.first = NONE
         self.last = NONE
         self.gap_end = NONE
-        self.times = array("q")
+        self.times = b""
         self.breaks: list[int] | None = None
         self.cached = 0
         self.dram = 0
@@ -157,7 +156,7 @@ class Recorder:
         self._words: dict[str, int] = {}
         # Times of tokens whose gaps are not computed yet (of many requests at once that is fast), how many these are,
         # and which of their places begin something.
-        self._times: list[array[int]] = []
+        self._times: list[bytes] = []
         self._num_times = 0
         self._no_gaps: list[int] = []
         self.ended = 0
@@ -326,13 +325,13 @@ class Recorder:
             live.rejections += event.draft_rejections
         live.started = live.started or event.executor
         live.last = event.last_token_ns
-        before, times = live.gap_end, live.times
-        place = len(times)
-        times.frombytes(event.token_times)
-        if place and (before == NONE or times[place] <= before):
+        before, times = live.gap_end, event.token_times
+        place, first = len(live.times) // ev.TIME_BYTES, unpack_from("q", times)[0]
+        if place and (before == NONE or first <= before):
             live.breaks = [*(live.breaks or ()), place]
-        elif not place and NONE != before < times[0]:
-            times.insert(0, before)
+        elif not place and NONE != before < first:
+            times = ev.pack_times((before,)) + times
+        live.times += times
         live.gap_end = event.last_token_ns
 
     def _work_finished(self, event: ev.WorkFinished) -> None:
@@ -346,9 +345,10 @@ class Recorder:
         gaps = 0
         if times:
             self._times.append(times)
-            self._num_times += len(times)
+            tokens = len(times) // ev.TIME_BYTES
+            self._num_times += tokens
             self._no_gaps.append(start)
-            gaps = len(times) - 1
+            gaps = tokens - 1
             if live.breaks is not None:
                 self._no_gaps.extend([start + place for place in live.breaks])
                 gaps -= len(live.breaks)

@@ -16,9 +16,6 @@ from pathlib import Path
 from types import ModuleType
 
 SWITCH = "DEEPFLOW_COMPILED"
-HUGE_PAGES = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Set when a process starts, its objects lie in pages of 2 MB where Linux and glibc have them: a large run, which uses
-objects all over its memory, is about a sixth faster."""
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "compiled"
 # What the simulator spends its time in. msgspec's structs cannot be compiled, so modules that define some are not here.
@@ -59,9 +56,9 @@ def is_active() -> bool:
 
 
 def environment(active: bool) -> dict[str, str]:
-    """Of a process that runs the compiled modules, in huge pages, or does not."""
+    """Of a process that runs the compiled modules, or does not."""
     others = {name: value for name, value in os.environ.items() if name != SWITCH}
-    return others | {SWITCH: "1"} | HUGE_PAGES if active else others
+    return others | {SWITCH: "1"} if active else others
 
 
 def build(quiet: bool = False) -> None:

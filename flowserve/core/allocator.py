@@ -11,6 +11,9 @@ NOWHERE: Final = -2
 FEWEST_LEFT = 64
 """So many entries of segments that are gone may always be left in the order of lengths."""
 
+# Every block number once, for all caches of a process: numbers of its own in each would be four times the memory.
+_numbers: Final[list[int]] = []
+
 
 class BlockAllocator(ABC):
     """Free block numbers of `0 … total-1`. Callers never take more than is `free`, nor return what they do not hold.
@@ -48,13 +51,19 @@ def make_allocator(kind: AllocatorKind, total: int) -> BlockAllocator:
     return SegmentAllocator(total) if kind == "segment" else StackAllocator(total)
 
 
+def _numbers_up_to(total: int) -> list[int]:
+    """0 … total-1 and perhaps more, the same list at every call."""
+    _numbers.extend(range(len(_numbers), total))
+    return _numbers
+
+
 class StackAllocator(BlockAllocator):
     """A stack of free block numbers: n blocks cost one slice; what was returned last is handed out first."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
-        self._free = list(range(total - 1, -1, -1))
+        self._free = _numbers_up_to(total)[total - 1 :: -1]
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         """Without regard to `after` and `runs`."""
@@ -99,6 +108,7 @@ class SegmentAllocator(BlockAllocator):
         self._by_length = [total * total]
         self._next = 0
         self._limit = 0
+        self._numbers = _numbers_up_to(total)
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
@@ -188,7 +198,7 @@ class SegmentAllocator(BlockAllocator):
         """Take the first `count` blocks of the free segment at `start`."""
         self.free -= count
         self._set(start + count, self._ends.pop(start))
-        return list(range(start, start + count))
+        return self._numbers[start : start + count]
 
     def _set(self, start: int, end: int) -> None:
         """[start, end) is what is left of a free segment."""

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from cluster.events import Event, FirstToken, PrefillStarted, TaskAborted, TaskFailed, TaskFinished
+from cluster.events import TIME_BYTES, Event, FirstToken, PrefillStarted, TaskAborted, TaskFailed, TaskFinished
 from cluster.identity import BlockIds
 from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
@@ -309,9 +309,9 @@ class Master:
                 executor=self.name,
                 generated=sequence.generated,
                 stopped=not held,
-                tokens=len(times),
+                tokens=len(times) // TIME_BYTES,
                 last_token_ns=now,
-                token_times=times.tobytes(),
+                token_times=times,
                 cached_tokens=sequence.cached_tokens,
                 dram_tokens=sequence.fetched_tokens[0],
                 ssd_tokens=sequence.fetched_tokens[1],
@@ -323,20 +323,20 @@ class Master:
             )
         )
 
-    def _token_times(self, sequence: EngineSequence, entry: _Entry) -> "array[int]":
-        """When the tokens of a sequence that is done came."""
-        samples, runs, base = entry.sample_times, sequence.runs, self._first_clock
+    def _token_times(self, sequence: EngineSequence, entry: _Entry) -> bytes:
+        """When the tokens of a sequence that is done came, see `pack_times`."""
+        samples, runs, base = memoryview(array("q", entry.sample_times)), sequence.runs, self._first_clock
+        ends, parts = memoryview(self._step_ends), list[memoryview]()
         # A fetched sequence decodes first without a token from a prefill here: its samples start one run later.
         late = int(entry.task.kv is not None)
-        times = array("q")
         if late and runs:
-            times += self._step_ends[runs[0][0] - base : runs[0][1] - base]
-        for index, sample in enumerate(samples, late):
-            times.append(sample)
-            if index < len(runs):
-                first, last = runs[index]
-                times += self._step_ends[first - base : last - base]
-        return times
+            parts.append(ends[runs[0][0] - base : runs[0][1] - base])
+        for index in range(len(samples)):
+            parts.append(samples[index : index + 1])
+            if index + late < len(runs):
+                first, last = runs[index + late]
+                parts.append(ends[first - base : last - base])
+        return b"".join(parts)
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)

@@ -4,7 +4,6 @@ It simulates a server of its own, with the same limits, on the same requests; it
 loop. It lives in an environment of its own, because it brings versions of everything.
 """
 
-import subprocess
 import sys
 import venv
 from functools import partial
@@ -23,7 +22,7 @@ from experiments.bench.harness.sim_case import (
     Case,
     workload,
 )
-from experiments.bench.harness.simulators import Peer, run
+from experiments.bench.harness.simulators import Peer, PeerError, run
 
 VERSION = "1.4.2"
 ABOUT = f"ai-dynamo {VERSION}, Rust, its own server model and timing"
@@ -44,11 +43,12 @@ def _python() -> tuple[str | None, str]:
     if not (ENVIRONMENT / ".complete").is_file():
         print(f"installing ai-dynamo {VERSION} into {ENVIRONMENT} (some minutes, once)", file=sys.stderr)
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        command = [str(interpreter), "-m", "pip", "install", "--quiet", f"ai-dynamo=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            return None, f"pip could not install ai-dynamo=={VERSION}: {said[-1] if said else 'it did not say why'}"
+        # pip has been seen to end well with half of what a package requires: `check` tells.
+        for command in (["install", "--quiet", f"ai-dynamo=={VERSION}"], ["check"]):
+            try:
+                run([str(interpreter), "-m", "pip", *command], ENVIRONMENT)
+            except PeerError as error:
+                return None, f"pip could not install ai-dynamo=={VERSION}: {error}"
         (ENVIRONMENT / ".complete").touch()
     return str(interpreter), ""
 
