@@ -23,10 +23,15 @@ MOVED = ("outstanding", "queued_tokens", "kv_used", "reported_ns")
 """Columns that stay with an executor when it switches its role."""
 
 
+def _by_launch(name: str) -> tuple[int, str]:
+    """Names of equal length sort by number."""
+    return len(name), name
+
+
 class Group:
     """A TE group: ready executors of one model and role (DeepServe section 3).
 
-    In order of launch (names of equal length sort by number), so that who of them was ready first makes no difference.
+    In order of launch, so that who of them was ready first makes no difference.
 
     `names` is a new list whenever it changes. Own bookkeeping, exact: `outstanding` tasks dispatched and not back;
     `queued_tokens` of prompt dispatched and not yet answered by a first token. From reports, late: `kv_used` and
@@ -51,7 +56,7 @@ class Group:
         return len(self.names)
 
     def add(self, name: str, kv_total: int, max_sequences: int) -> None:
-        place = bisect([(len(known), known) for known in self.names], (len(name), name))
+        place = bisect(self.names, _by_launch(name), key=_by_launch)
         self.names = [*self.names[:place], name, *self.names[place:]]
         self._index()
         for column in self.COLUMNS:

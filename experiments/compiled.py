@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import ModuleType
 SWITCH = "DEEPFLOW_COMPILED"
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "compiled"
+HUGE_PAGES = "experiments/huge_pages.c"
 # What the simulator spends its time in. msgspec's structs cannot be compiled, so modules that define some are not here.
 MODULES = (
     "cluster.client",
@@ -28,6 +30,7 @@ MODULES = (
     "cluster.recorder",
     "cluster.relay",
     "flowserve.core.allocator",
+    "flowserve.core.leases",
     "flowserve.core.master",
     "flowserve.core.outbox",
     "flowserve.core.plan",
@@ -69,8 +72,9 @@ def build(quiet: bool = False) -> None:
         return
     shutil.rmtree(BUILT, ignore_errors=True)
     program = (
-        "import sys; from setuptools import setup; from mypyc.build import mypycify; files = sys.argv[3:]; "
+        "import sys; from setuptools import Extension, setup; from mypyc.build import mypycify; files = sys.argv[3:]; "
         "del sys.argv[3:]; extensions = mypycify(files, opt_level='3'); "
+        f"extensions.append(Extension('huge_pages', [{HUGE_PAGES!r}])); "
         "setup(name='deepflow-compiled', packages=[], ext_modules=extensions)"
     )
     command = [sys.executable, "-c", program, "build_ext", f"--build-lib={BUILT}", *map(str, _sources(relative=True))]
@@ -85,7 +89,7 @@ def _sources(relative: bool = False) -> list[Path]:
 
 def _digest() -> str:
     digest = sha256(sys.version.encode())
-    for path in _sources():
+    for path in (*_sources(), ROOT / HUGE_PAGES):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -112,6 +116,7 @@ def _activate() -> None:
         raise ImportError(f"{SWITCH} is set, but {BUILT} was not built of these sources: make compiled, or unset it")
     sys.meta_path.insert(0, _Finder)
     sys.path.append(str(BUILT))  # the one library behind them all
+    import_module("huge_pages").use()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from cluster.request import KvSource, Task
 from cluster.vocabulary import FailureReason, Role, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.fetch_cost import FetchCost
+from flowserve.core.leases import Leases
 from flowserve.core.messages import (
     Abort,
     Dispatch,
@@ -33,7 +34,7 @@ from flowserve.core.sequence import HELD, PREFILL
 from flowserve.core.sequence import Sequence as EngineSequence
 from flowserve.core.transfer import run_lengths
 
-FEWEST_ENDS = 4096
+FEWEST_ENDS = 512
 """Step times that are kept before it is worth while to look for those that are not needed."""
 
 
@@ -63,17 +64,6 @@ class _Fetching:
             self.failed = (FailureReason.KV_LOST, "")
 
 
-class _Lease:
-    """KV cache that executor `reader` fetches for its `for_task`. `offered`: how many blocks, from the first on."""
-
-    __slots__ = ("for_task", "offered", "reader")
-
-    def __init__(self, reader: str, for_task: int) -> None:
-        self.reader = reader
-        self.for_task = for_task
-        self.offered = 0
-
-
 class Master:
     """Runs the tasks of one engine, of any kind. `name`: the executor that its events speak for."""
 
@@ -83,8 +73,7 @@ class Master:
         self._outbox = outbox
         self._entries: dict[int, _Entry] = {}
         self._fetches: dict[int, _Fetching] = {}
-        self._leases: dict[int, _Lease] = {}
-        self._lost: set[str] = set()
+        self._leases = Leases(name, self.core, outbox)
         # When each step of decodes ended that somebody may ask for.
         self._step_ends = array("q")
         self._first_clock = 0
@@ -105,11 +94,11 @@ class Master:
             case Abort():
                 self._abort(message.task_id, now)
             case KvRequested():
-                self._lease(message)
+                self._leases.request(message)
             case KvOffered():
                 self._offered(message, now)
             case KvReleased():
-                self._released(message.task_id, message.by)
+                self._leases.released(message.task_id, message.by)
             case KvFetched():
                 self._copied(message.task_id, message.success, now)
             case KvMoved():
@@ -128,7 +117,7 @@ class Master:
         if self.core.begun:
             self._announce()
         if self.core.followed:
-            self._offer_computing()
+            self._leases.offer_computing()
         if self.core.rtc.moves:
             self._outbox.moves += self.core.rtc.moves
             self.core.rtc.moves.clear()
@@ -191,13 +180,13 @@ class Master:
             self._tokens_out += tokens
             self._entries[sequence.task_id].sample_times.extend([now] * tokens)
         if self.core.followed:
-            self._offer_computed(plan)
+            self._leases.offer_computed(plan)
         if result.finished:
             for sequence, held in result.finished:
                 self._finished(sequence, held, now)
             self._forget_times()
         if self.core.followed:
-            self._offer_computing()
+            self._leases.offer_computing()
         if not self.core.in_flight and self._busy_since is not None:
             self._busy_ns += now - self._busy_since
             self._busy_since = None
@@ -270,9 +259,9 @@ class Master:
             self._fail(entry, reason, task.generated, now)
 
     def _abort(self, task_id: int, now: int) -> None:
-        if task_id in self._leases and task_id in self.core.held:
+        if self._leases.reads_held(task_id):
             return  # somebody reads these blocks: they go when the lease ends
-        self._end_lease(task_id)
+        self._leases.end(task_id)
         entry = self._entries.pop(task_id, None)
         sequence = self.core.abort(task_id)
         self._stop_fetching(task_id, now)
@@ -293,11 +282,7 @@ class Master:
     def _finished(self, sequence: EngineSequence, held: bool, now: int) -> None:
         entry = self._entries.pop(sequence.task_id)
         self._outbox.forgotten.append(sequence.task_id)
-        if self._leases:
-            if held:
-                self._offer_rest(sequence)
-            else:
-                self._end_lease(sequence.task_id)
+        self._leases.finished(sequence, held)
         times = self._token_times(sequence, entry)
         self._emit(
             TaskFinished(
@@ -340,7 +325,7 @@ class Master:
 
     def _fail(self, entry: _Entry, reason: FailureReason, generated: int, now: int, detail: str = "") -> None:
         self._outbox.forgotten.append(entry.task.task_id)
-        self._end_lease(entry.task.task_id)
+        self._leases.end(entry.task.task_id)
         self._emit(
             TaskFailed(
                 to=entry.job_executor,
@@ -354,8 +339,6 @@ class Master:
                 detail=detail,
             )
         )
-
-    # -- KV cache for other executors -----------------------------------------------------------------------------
 
     def _announce(self) -> None:
         """Prefills have begun: say so where their KV cache can be fetched from now on."""
@@ -374,80 +357,6 @@ class Master:
                     )
                 )
         self.core.begun.clear()
-
-    def _lease(self, message: KvRequested) -> None:
-        if message.by in self._lost:
-            return  # sent before it died: nobody would end this lease
-        task_id, core = message.task_id, self.core
-        lease = _Lease(message.by, message.for_task)
-        if (held := core.held.get(task_id)) is not None:
-            self._leases[task_id] = lease
-            self._offer(task_id, lease, list(held.blocks), more=False)
-        elif (
-            (sequence := core.sequence(task_id)) is not None
-            and core.config.kv_transfer != "by_request"
-            and (sequence.status is PREFILL or sequence.status is HELD)
-        ):
-            self._leases[task_id] = lease
-            core.followed.add(task_id)
-            self._offer_up_to(sequence, core.computed_here(sequence))
-            self._offer_computing()
-        else:  # it is not here (any more), or gave way to others and waits
-            self._offer(task_id, lease, None, more=False)
-
-    def _offer(
-        self, task_id: int, lease: _Lease, blocks: list[int] | None, more: bool, step: int | None = None
-    ) -> None:
-        size, first = self.core.config.block_tokens, lease.offered
-        lease.offered += len(blocks or ())
-        offer = KvOffered(task_id, lease.for_task, self.name, blocks, size, first, more, step)
-        self._outbox.peers.append((lease.reader, offer))
-
-    def _offer_up_to(self, sequence: EngineSequence, tokens: int) -> None:
-        """The blocks that are full of what is computed, and were not offered."""
-        lease, full = self._leases[sequence.task_id], tokens // self.core.config.block_tokens
-        if full > lease.offered:
-            self._offer(sequence.task_id, lease, sequence.blocks[lease.offered : full], more=True)
-
-    def _offer_computed(self, plan: Plan) -> None:
-        """What has come with a plan of prefills that others follow; with the last chunk of one, `_offer_rest`."""
-        for chunk in plan.chunks:
-            if not chunk.samples and chunk.sequence.task_id in self.core.followed:
-                self._offer_up_to(chunk.sequence, chunk.start + chunk.tokens)
-
-    def _offer_computing(self) -> None:
-        """Last chunks that the device has begun, where each layer is sent when it is there."""
-        if self.core.config.kv_transfer != "by_layer" or not self.core.in_flight:
-            return
-        plan = self.core.in_flight[0]
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if chunk.samples and sequence.task_id in self.core.followed:
-                lease = self._leases[sequence.task_id]
-                rest = sequence.blocks[lease.offered :]
-                if rest:
-                    self._offer(sequence.task_id, lease, rest, more=True, step=plan.number)
-
-    def _offer_rest(self, sequence: EngineSequence) -> None:
-        """A prefill is done, and held."""
-        lease = self._leases.get(sequence.task_id)
-        if lease is not None:
-            self.core.followed.discard(sequence.task_id)
-            self._offer(sequence.task_id, lease, sequence.blocks[lease.offered :], more=False)
-
-    def _end_lease(self, task_id: int) -> None:
-        """Nobody reads this any more: also where a prefill ends that came to nothing. The job executor, who hears of
-        that, asks the reader's task back; what it read is of no use to anyone.
-        """
-        if self._leases.pop(task_id, None) is not None:
-            self.core.followed.discard(task_id)
-
-    def _released(self, task_id: int, reader: str) -> None:
-        """The reader has what it wanted, wants it no more, or needs none of it; or another one reads by now."""
-        lease = self._leases.get(task_id)
-        if lease is None or lease.reader == reader:
-            self._end_lease(task_id)
-            self.core.release_held(task_id)
 
     # -- KV cache from other executors ----------------------------------------------------------------------------
 
@@ -506,10 +415,7 @@ class Master:
             self._fail(self._entries.pop(task_id), reason, lost.generated, now, detail)
 
     def _peer_lost(self, executor: str, now: int) -> None:
-        self._lost.add(executor)
-        for task_id, lease in list(self._leases.items()):
-            if lease.reader == executor:
-                self._released(task_id, executor)
+        self._leases.lost(executor)
         for task_id, fetching in list(self._fetches.items()):
             if fetching.source.executor == executor and not fetching.whole:  # else a copy under way ends by itself
                 fetching.lose()
