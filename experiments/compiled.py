@@ -95,11 +95,13 @@ def _digest() -> str:
 
 
 class _Finder:
-    """Finds the compiled modules ahead of their sources."""
+    """Finds the compiled modules ahead of their sources, and the libraries behind them. In `sys.path` the folders here
+    would hide the packages of an installation in development mode.
+    """
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in MODULES:
+        if name not in MODULES and name != Path(HUGE_PAGES).stem and not name.endswith("__mypyc"):
             return None
         file = BUILT.joinpath(*name.split(".")).with_suffix(EXTENSION_SUFFIXES[0])
         return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, str(file)))
@@ -115,8 +117,7 @@ def _activate() -> None:
     if not _is_current():
         raise ImportError(f"{SWITCH} is set, but {BUILT} was not built of these sources: make compiled, or unset it")
     sys.meta_path.insert(0, _Finder)
-    sys.path.append(str(BUILT))  # the one library behind them all
-    import_module("huge_pages").use()
+    import_module(Path(HUGE_PAGES).stem).use()
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@
 #ifdef __linux__
 #include <sys/mman.h>
 
-enum { PAGE = 2 << 20, CHUNK = 16 * PAGE };
+enum { ARENA = 1 << 20, PAGE = 2 << 20, CHUNK = 16 * PAGE };
 
 static PyObjectArenaAllocator before;
-static size_t arena_size;      /* that of all arenas of this Python: of the first one asked for */
-static char *next, *end;       /* what is left of the newest chunk */
-static void *returned;         /* arenas that were given back, each with a pointer to the next; not only from here */
+static char *next, *end; /* what is left of the newest chunk */
+static void *returned;   /* arenas that were given back, each with a pointer to the next; not only from here */
 
 static void *
 take(void *context, size_t size)
 {
-    if (arena_size == 0 && PAGE % size == 0)
-        arena_size = size;
-    if (size != arena_size)
+    if (size != ARENA) /* the interpreter's stack, whose pieces are smaller */
         return before.alloc(before.ctx, size);
     if (returned != NULL) {
         void *arena = returned;
@@ -41,7 +38,7 @@ take(void *context, size_t size)
 static void
 give_back(void *context, void *arena, size_t size)
 {
-    if (size != arena_size) {
+    if (size != ARENA) {
         before.free(before.ctx, arena, size);
         return;
     }
