@@ -82,6 +82,15 @@ def build(quiet: bool = False) -> None:
     (BUILT / "sources.sha256").write_text(_digest())
 
 
+def try_build() -> tuple[bool, str]:
+    """Whether it is compiled now, and if not, why."""
+    try:
+        build(quiet=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        return False, f"the core could not be compiled: {error}"
+    return True, ""
+
+
 def _sources(relative: bool = False) -> list[Path]:
     paths = [Path(*module.split(".")).with_suffix(".py") for module in MODULES]
     return paths if relative else [ROOT / path for path in paths]

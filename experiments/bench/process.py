@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from experiments import compiled
 from experiments.bench.harness.result import Options as CommonOptions
 from experiments.bench.harness.result import Row, median_row
 from traces.catalog import find
@@ -31,16 +32,23 @@ def missing(options: Options) -> str | None:
 
 
 def run(options: Options) -> list[Row]:
-    measured = [_process(options.requests) for _ in range(options.repeats)]
-    starts, rest = [each.startup_s for each in measured], [each.process_s - each.simulating_s for each in measured]
-    walls, peaks = [each.process_s for each in measured], [each.peak_mib for each in measured]
-    said = f"{options.requests} requests, 16 executors"
-    return [
-        median_row("start-up: process to first event", starts, "s", said, at_most=1.0),
-        median_row("whole process but the simulation", rest, "s", "start-up, metrics, all files, exit", at_most=1.5),
-        median_row("whole process", walls, "s", said),
-        median_row("peak memory", peaks, "MiB", said, at_most=400),
-    ]
+    """In pure Python, and on the core compiled by mypyc where there is a C compiler."""
+    rows, said = [], f"{options.requests} requests, 16 executors"
+    compiled_too, why_not = compiled.try_build()
+    for fast in (False, True) if compiled_too else (False,):
+        measured = [_process(options.requests, fast) for _ in range(options.repeats)]
+        starts, rest = [each.startup_s for each in measured], [each.process_s - each.simulating_s for each in measured]
+        walls, peaks = [each.process_s for each in measured], [each.peak_mib for each in measured]
+        how = "compiled" if fast else "pure Python"
+        rows += [
+            median_row(f"{how}: start-up, process to first event", starts, "s", said, at_most=1.0),
+            median_row(f"{how}: all but the simulation", rest, "s", "start-up, metrics, all files, exit", at_most=1.5),
+            median_row(f"{how}: whole process", walls, "s", said, at_most=3.5 if fast else None),
+            median_row(f"{how}: peak memory", peaks, "MiB", said, at_most=400),
+        ]
+    if not compiled_too:
+        rows.append(Row(name="compiled: whole process", value=None, unit="", detail=why_not))
+    return rows
 
 
 class _Measured(NamedTuple):
@@ -50,14 +58,14 @@ class _Measured(NamedTuple):
     peak_mib: float
 
 
-def _process(requests: int) -> _Measured:
+def _process(requests: int, fast: bool) -> _Measured:
     """Raises CalledProcessError: it fails."""
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "experiments.cli", "run", "fleet.groups.0.executors=16", "trace.rate=17.4"]
         command += ["trace.duration_s=null", f"trace.limit={requests}", "dispatch=round_robin", "report=false"]
         command += ["decisions=false", "progress=false", f"out={folder}/run"]
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=compiled.environment(fast))
         _, status, usage = os.wait4(process.pid, 0)
         process_s = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)

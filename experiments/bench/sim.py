@@ -49,7 +49,7 @@ def run(options: Options) -> list[Row]:
     peers = _given(options)
     if options.dynamo:
         peers.insert(0, dynamo.peer())
-    compiled_too, why_not = _compile()
+    compiled_too, why_not = compiled.try_build()
     rows: list[Row] = []
     for name in ("w1", "w16", "w16, 6 prefill and 10 decode executors", "w16, prefix-aware"):
         rows += compared(name, options, peers, compiled_too, why_not)
@@ -60,14 +60,6 @@ def run(options: Options) -> list[Row]:
 
 def _given(options: Options) -> list[Peer]:
     return [checkouts.peer(name, getattr(options, name)) for name in checkouts.SOURCES]
-
-
-def _compile() -> tuple[bool, str]:
-    try:
-        compiled.build(quiet=True)
-    except (subprocess.CalledProcessError, OSError) as error:
-        return False, f"the core could not be compiled: {error}"
-    return True, ""
 
 
 def compared(name: str, options: Options, peers: list[Peer], compiled_too: bool, why_not: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The master of one engine: tasks at hand, scheduler and RTC, and what moves between engines.
+"""The master of one engine: tasks at hand, scheduler and RTC, and KV cache that comes from other engines.
 
 Sans I/O, like the core. It takes messages, hands out plans, and says in its outbox what came of them. It knows neither
 role nor load reports: those are the TE-shell's, and an engine runs without one.
