@@ -110,9 +110,9 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in MODULES and name != Path(HUGE_PAGES).stem and not name.endswith("__mypyc"):
-            return None
         file = BUILT.joinpath(*name.split(".")).with_suffix(EXTENSION_SUFFIXES[0])
+        if not file.is_file():
+            return None
         return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, str(file)))
 
 

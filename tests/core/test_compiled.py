@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_the_core_is_the_compiled_one(tmp_path: Path) -> None:
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == scheduler.__file__, done.stderr
+    assert find_spec("another__mypyc") is None, "libraries of other packages are not ours to find"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
