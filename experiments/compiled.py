@@ -19,7 +19,7 @@ from types import ModuleType
 SWITCH = "DEEPFLOW_COMPILED"
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "compiled"
-HUGE_PAGES = "experiments/huge_pages.c"
+HUGE_PAGES = Path("experiments", "huge_pages.c")
 # What the simulator spends its time in. msgspec's structs cannot be compiled, so modules that define some are not here.
 MODULES = (
     "cluster.client",
@@ -74,7 +74,7 @@ def build(quiet: bool = False) -> None:
     program = (
         "import sys; from setuptools import Extension, setup; from mypyc.build import mypycify; files = sys.argv[3:]; "
         "del sys.argv[3:]; extensions = mypycify(files, opt_level='3'); "
-        f"extensions.append(Extension('huge_pages', [{HUGE_PAGES!r}])); "
+        f"extensions.append(Extension({HUGE_PAGES.stem!r}, [{str(HUGE_PAGES)!r}])); "
         "setup(name='deepflow-compiled', packages=[], ext_modules=extensions)"
     )
     command = [sys.executable, "-c", program, "build_ext", f"--build-lib={BUILT}", *map(str, _sources(relative=True))]
@@ -111,7 +111,7 @@ class _Finder:
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         file = BUILT.joinpath(*name.split(".")).with_suffix(EXTENSION_SUFFIXES[0])
-        if not file.is_file():
+        if name not in MODULES and not file.is_file():
             return None
         return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, str(file)))
 
@@ -126,7 +126,7 @@ def _activate() -> None:
     if not _is_current():
         raise ImportError(f"{SWITCH} is set, but {BUILT} was not built of these sources: make compiled, or unset it")
     sys.meta_path.insert(0, _Finder)
-    import_module(Path(HUGE_PAGES).stem).use()
+    import_module(HUGE_PAGES.stem).use()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ NOWHERE: Final = -2
 FEWEST_LEFT = 64
 """So many entries of segments that are gone may always be left in the order of lengths."""
 
-# Every block number once, for all caches of a process: numbers of its own in each would be four times the memory.
+# Block numbers that were handed out, once for all caches of a process: numbers of their own take four times the memory.
 _numbers: Final[list[int]] = []
 
 
@@ -51,10 +51,11 @@ def make_allocator(kind: AllocatorKind, total: int) -> BlockAllocator:
     return SegmentAllocator(total) if kind == "segment" else StackAllocator(total)
 
 
-def _numbers_up_to(total: int) -> list[int]:
-    """0 … total-1 and perhaps more, the same list at every call."""
-    _numbers.extend(range(len(_numbers), total))
-    return _numbers
+def _consecutive(start: int, end: int) -> list[int]:
+    """start … end-1, the same objects at every call."""
+    if end > len(_numbers):
+        _numbers.extend(range(len(_numbers), end))
+    return _numbers[start:end]
 
 
 class StackAllocator(BlockAllocator):
@@ -63,7 +64,7 @@ class StackAllocator(BlockAllocator):
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
-        self._free = _numbers_up_to(total)[total - 1 :: -1]
+        self._free = _consecutive(0, total)[::-1]
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         """Without regard to `after` and `runs`."""
@@ -108,7 +109,6 @@ class SegmentAllocator(BlockAllocator):
         self._by_length = [total * total]
         self._next = 0
         self._limit = 0
-        self._numbers = _numbers_up_to(total)
 
     def take(self, count: int, after: int | None = None, runs: Sequence[int] = ()) -> list[int]:
         assert 0 <= count <= self.free, f"taking {count} of {self.free} free blocks"
@@ -198,7 +198,7 @@ class SegmentAllocator(BlockAllocator):
         """Take the first `count` blocks of the free segment at `start`."""
         self.free -= count
         self._set(start + count, self._ends.pop(start))
-        return self._numbers[start : start + count]
+        return _consecutive(start, start + count)
 
     def _set(self, start: int, end: int) -> None:
         """[start, end) is what is left of a free segment."""
