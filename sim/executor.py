@@ -196,9 +196,8 @@ class SimExecutor:
 
     def _launch(self, plan: Plan, ahead: bool) -> None:
         """The oldest plan in flight is next on the device; `ahead`: it was launched while another one computed."""
-        now, steps, reshape = self._clock.now, 0, 0
-        if self._reshape and (rows := plan.shape.rows) != self._rows:  # steps of a segment have the same number of them
-            self._rows, reshape = rows, self._reshape
+        now, steps = self._clock.now, 0
+        reshape = self._reshape if self._reshape and plan.shape.rows != self._rows else 0
         if self._varies:
             self._latency.seek(self.steps)
         if plan.decodes is not self._batch:
@@ -241,7 +240,10 @@ class SimExecutor:
         self._untimed -= count
         _, _, _, batch, context, _ = plan.shape
         if plan.chunks:
-            took = [latency.step_ns(plan.shape_after(step)) for step in range(done, done + count)]
+            shapes = [plan.shape_after(step) for step in range(done, done + count)]
+            took = [latency.step_ns(shape) for shape in shapes]
+            if self._reshape and shapes[-1].rows != plan.shape.rows:  # the end of the prompt
+                took[-1] += self._reshape
         else:
             took = latency.decode_ns(batch, context + batch * done, count)
         if host or latency.stages > 1:
@@ -291,6 +293,8 @@ class SimExecutor:
                 ends.pop()
                 shell.advance(ends)
             self._ends = []
+            if self._reshape:
+                self._rows = plan.shape.rows
             accepted = self._accepted(plan) if plan.verifies else NONE
             shell.complete(plan, self._stopped(plan, accepted), now, accepted)
         else:

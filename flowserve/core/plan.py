@@ -67,16 +67,11 @@ class Plan:
         return self.shape_after(0) if self._steps else self._shape
 
     def advance(self, steps: int) -> None:
-        """Become the plan that many steps on, see `EngineCore.advance`."""
+        """Become the plan that many steps on, see `EngineCore.advance`, which goes on with the prompt."""
         self.number += steps
         self._steps += steps
         if self.decodes:
             self.clock += steps
-        if self.chunks:
-            chunk = self.chunks[0]
-            more = steps * chunk.tokens
-            self.chunks = [Chunk(chunk.sequence, chunk.start + more, chunk.tokens, chunk.samples)]
-            chunk.sequence.computed += more
 
     def narrow(self, drafts: list[int]) -> None:
         """What a runner has found to guess, by verification, where that is less than there is room for."""
@@ -92,10 +87,14 @@ class Plan:
         chunk.
         """
         tokens, attention, chunks, sequences, context, draft = self._shape
-        steps += self._steps
-        more = steps * tokens * tokens if tokens else 0
+        if tokens and (steps or self._steps):
+            chunk = self.chunks[0]
+            start = chunk.start + steps * chunk.tokens
+            tokens = min(chunk.tokens, chunk.sequence.target - start)
+            attention = start * tokens + tokens * (tokens + 1) // 2
+        context += (self._steps + steps) * sequences
         # Like StepShape(...), without the detour through its own __new__: this is asked in every step.
-        return _new_tuple(StepShape, (tokens, attention + more, chunks, sequences, context + steps * sequences, draft))
+        return _new_tuple(StepShape, (tokens, attention, chunks, sequences, context, draft))
 
     @property
     def sampling(self) -> list[Sequence]:

@@ -203,7 +203,7 @@ class EngineCore:
         sequences = len(decodes)
         context = self._decode_context + sequences
         if decodes:
-            self._advance_clock(last)
+            self._advance_clock(1, last)
         verifies: list[Verify] = []
         draft = 0
         if self._speculating:
@@ -268,7 +268,8 @@ class EngineCore:
 
     def steady_steps(self, most: int) -> int:
         """How many times `advance` may step on now, up to `most`: plans that decode the batch in flight, and go on with
-        one prompt if it takes all that the budget leaves, or do nothing else.
+        one prompt if it takes all that the budget leaves, or do nothing else. The last of them may end the prompt, or
+        sequences by the client's limit.
 
         Asked right after `schedule()`, which has looked at what waits. What may still cut it short is a stop, which
         only the sampler's side knows.
@@ -292,12 +293,14 @@ class EngineCore:
         limits = self._limits
         while limits and limits[0][2].limit != limits[0][0]:
             heapq.heappop(limits)
-        steps = min(most, limits[0][0] - self.clock.issued - 1) if limits else most
+        steps = min(most, limits[0][0] - self.clock.issued) if limits else most
         rounds = room // len(batch)
         return max(0, min(steps, rounds * self._size))
 
     def _steady_chunks(self, plan: Plan) -> int:
-        """How many plans behind this one only go on with its one prompt, and do not end it."""
+        """How many plans behind this one only go on with its one prompt, the one that ends it among them if nobody else
+        can use what that leaves of the budget.
+        """
         chunk = plan.chunks[0]
         sequence = chunk.sequence
         if chunk.samples or len(plan.chunks) > 1 or len(self.in_flight) > 1 or not self._takes_all:
@@ -306,7 +309,8 @@ class EngineCore:
             return 0
         if next(iter(self._prefilling.values())) is not sequence:
             return 0
-        return (sequence.target - sequence.computed - 1) // chunk.tokens
+        alone = not self._num_waiting and len(self._prefilling) == 1
+        return (sequence.target - sequence.computed - 1) // chunk.tokens + alone
 
     def advance(self, steps: int) -> None:
         """By definition `steps` times: complete the oldest plan in flight with no stop, and schedule the next one.
@@ -316,12 +320,20 @@ class EngineCore:
         batch = self._decodes
         assert batch is not None and self.in_flight
         if batch:
-            self._advance_decodes(steps, len(batch))
+            self._advance_decodes(steps)
         self._plans += steps
         for plan in self.in_flight:
             plan.advance(steps)
+        if plan.chunks:
+            self._advance_prompt(plan, steps)
 
-    def _advance_decodes(self, steps: int, sequences: int) -> None:
+    def _advance_prompt(self, plan: Plan, steps: int) -> None:
+        before = plan.chunks[0]
+        before.sequence.computed += (steps - 1) * before.tokens
+        plan.chunks = []
+        self._issue_chunk(before.sequence, before.tokens, plan.chunks, plan.last)
+
+    def _advance_decodes(self, steps: int) -> None:
         phases, size, rtc = self._phases, self._size, self.rtc
         first = self.clock.issued
         for clock in range(first, first + steps):
@@ -331,9 +343,8 @@ class EngineCore:
                     blocks = sequence.blocks
                     if len(blocks) * size <= sequence.computed + clock - sequence.joined:
                         rtc.append_block(blocks)
-        self.clock.issued = first + steps
         self.clock.done += steps
-        self._decode_context += steps * sequences
+        self._advance_clock(steps, self.in_flight[-1].last)
 
     # -- what can be read -----------------------------------------------------------------------------------------
 
@@ -577,10 +588,12 @@ class EngineCore:
         self._decode_context -= sequence.computed
         self.order.left(sequence, self.clock.issued)
 
-    def _advance_clock(self, last: list[Sequence]) -> None:
-        """Issue one decode plan; sequences that reach the client's limit with it go to `last` and decode no further."""
-        self._decode_context += len(self._decoding)
-        self.clock.issued += 1
+    def _advance_clock(self, plans: int, last: list[Sequence]) -> None:
+        """Issue decode plans; sequences that reach the client's limit with the last of them go to `last` and decode no
+        further.
+        """
+        self._decode_context += plans * len(self._decoding)
+        self.clock.issued += plans
         while self._limits and self._limits[0][0] <= self.clock.issued:
             limit, _, sequence = heapq.heappop(self._limits)
             if sequence.status is DECODE and sequence.limit == limit:
