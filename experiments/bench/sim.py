@@ -9,6 +9,7 @@ simulator, splitwise-sim and Vidur run from checkouts of the user's, as in vidur
 
 import subprocess
 import sys
+from statistics import median
 
 import msgspec
 
@@ -21,6 +22,8 @@ from experiments.bench.harness.simulators import Peer, PeerError
 from traces.catalog import find
 
 SCALE = ("10 executors", "100 executors", "1024 executors")
+SHORT_RUNS = 3
+"""Before a long run, and as many after it."""
 
 
 class Options(CommonOptions, frozen=True, kw_only=True):
@@ -53,8 +56,8 @@ def run(options: Options) -> list[Row]:
     rows: list[Row] = []
     for name in ("w1", "w16", "w16, 6 prefill and 10 decode executors", "w16, prefix-aware"):
         rows += compared(name, options, peers, compiled_too, why_not)
-    if compiled_too:
-        rows += _scaling(options)
+    for fast in (False, True) if compiled_too else (False,):
+        rows += _scaling(options, fast)
     return rows
 
 
@@ -107,31 +110,34 @@ def _rates(measured: list[Measured], requests: int) -> list[float]:
     return [requests / each.wall_s for each in measured]
 
 
-def _scaling(options: Options) -> list[Row]:
+def _scaling(options: Options, fast: bool) -> list[Row]:
     """Time per request with more executors, each with the same load for the same time (of a shorter run more is filling
     and emptying, in smaller batches), and with more requests. CPU time: it is compared with itself, measured right
     before and after.
     """
+    build = "compiled" if fast else "pure Python"
     few, rows = SCALE[0], list[Row]()
     for name in SCALE[1:]:
         requests, shorter = CASES[name].executors * options.each, CASES[few].executors * options.each
-        ratio, took, said = _growth((few, shorter), (name, requests))
-        rows.append(Row(name=f"{name}, by load and prefix", value=took, unit="us/request", detail=said))
-    rows.append(Row(name="1024 / 10 executors, time per request", value=ratio, unit="x", at_most=1.5))
-    ratio, took, said = _growth((few, 10_000), (few, options.large))
+        ratio, took, said = _growth((few, shorter), (name, requests), fast)
+        rows.append(Row(name=f"{build}: {name}, by load and prefix", value=took, unit="us/request", detail=said))
+    rows.append(Row(name=f"{build}: 1024 / 10 executors, time per request", value=ratio, unit="x", at_most=1.5))
+    ratio, took, said = _growth((few, 10_000), (few, options.large), fast)
     detail = f"on 10 executors, {took:.0f} us, {said}"
-    return [
-        *rows,
-        Row(name=f"{options.large} / 10000 requests, time per request", value=ratio, unit="x", detail=detail),
-    ]
+    name = f"{build}: {options.large} / 10000 requests, time per request"
+    return [*rows, Row(name=name, value=ratio, unit="x", detail=detail)]
 
 
-def _growth(short: tuple[str, int], long: tuple[str, int]) -> tuple[float, float, str]:
-    """How many times as long a request takes in the long run as in the short one, us in the long one, and about it."""
-    before, measured, after = (_measure(name, requests, True) for name, requests in (short, long, short))
-    took = measured.cpu_s / long[1]
-    said = f"{long[1]} requests, {measured.steps} steps, {measured.peak_mib:.0f} MiB"
-    return took / ((before.cpu_s + after.cpu_s) / 2 / short[1]), 1e6 * took, said
+def _growth(short: tuple[str, int], long: tuple[str, int], fast: bool) -> tuple[float, float, str]:
+    """How many times as long a request takes in the long run as in the short ones around it, us in the long one, and
+    about it.
+    """
+    before = [_measure(*short, fast) for _ in range(SHORT_RUNS)]
+    measured = _measure(*long, fast)
+    after = [_measure(*short, fast) for _ in range(SHORT_RUNS)]
+    took, usual = measured.cpu_s / long[1], median(each.cpu_s / short[1] for each in before + after)
+    said = f"{long[1]} requests, {measured.steps} steps, {measured.peak_mib:.0f} MiB, {1e6 * usual:.0f} us when short"
+    return took / usual, 1e6 * took, said
 
 
 def _measure(name: str, requests: int, fast: bool) -> Measured:
