@@ -74,6 +74,9 @@ def _error(message: str) -> int:
 
 def _one_line(error: BaseException) -> str:
     """The message on one line, without what Hydra adds: its search path, and where it was in its own data."""
+    key = getattr(error, "full_key", None)
+    if key and type(error).__name__ == "MissingMandatoryValue":  # not imported: OmegaConf may not have been so far
+        return f"{key} has no value: set it, as in {key}=VALUE (its file in conf/ says what it is)"
     message = str(error)
     for added in ("Config search path:", "full_key:", "    object_type="):
         message = message.partition(added)[0]

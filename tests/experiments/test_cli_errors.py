@@ -38,7 +38,7 @@ WRONG = {
     "no job executor": (["run", "job_executors=0"], "job_executors is 0"),
     "no duration": (["run", "trace.duration_s=0"], "duration_s is 0: allowed is more than 0 seconds"),
     "missing trace": (["run", "trace=deepflow", "trace.reader.path=x.jsonl"], "x.jsonl: there is no such trace file"),
-    "trace not named": (["run", "trace=deepflow"], "Missing mandatory value: trace.reader.path"),
+    "trace not named": (["run", "trace=deepflow"], "trace.reader.path has no value: set it, as in trace.reader.path="),
     "empty trace": (["run", "trace=deepflow", "trace.reader.path=empty.csv"], "empty.csv"),
     "header only": (["run", "trace=deepflow", "trace.reader.path=header.csv"], "header.csv: the trace has no rows"),
     "truncated trace": (["run", "trace=deepflow", "trace.reader.path=cut.jsonl"], "cut.jsonl:2: "),
