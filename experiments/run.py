@@ -99,12 +99,14 @@ def resume(
     """Go on from a snapshot to the end of the run, in a folder of its own. Without overrides that is the run it was
     taken from, to the last bit.
 
-    `overrides`: Hydra's, of `dispatch`, `scaling`, `slo`, `trace.rate` and what is written. New policies know nothing
-    of what was before. A new rate is that of all arrivals from the snapshot on: the same requests, closer together or
-    farther apart. Raises ValueError as `run` does, and for a file that this code has not written. **Resume only files
-    that you trust: reading one can run any code.**
+    `snapshot`: the file, or the run's folder that it lies in. `overrides`: Hydra's, of `dispatch`, `scaling`, `slo`,
+    `trace.rate` and what is written. New policies know nothing of what was before. A new rate is that of all arrivals
+    from the snapshot on: the same requests, closer together or farther apart. Raises ValueError as `run` does, and for
+    a file that this code has not written. **Resume only files that you trust: reading one can run any code.**
     """
     called = time.monotonic()
+    if snapshot.is_dir():
+        snapshot /= "snapshot.bin"
     taken = snapshots.load(snapshot)
     cfg, changed = snapshots.configure(taken.config, list(overrides), list(config_dirs))
     if not any(each.startswith("out=") for each in overrides):

@@ -22,7 +22,7 @@ Exit code 0; 1 if no request finished, 2 for an error in the arguments, 130 afte
   deepflow run experiment=three_models                     a whole setting by name, of conf/experiment
   deepflow run dispatch._target_=my_module.MyPolicy        a policy of your own, by its import path
   deepflow run snapshot_at=300                             writes snapshot.bin in the middle of a simulated run, and
-  deepflow run resume=DIR/snapshot.bin dispatch=deepflow   goes on from it: as it was, or with another dispatch,
+  deepflow run resume=DIR dispatch=deepflow                goes on from it: as it was, or with another dispatch,
                                                            scaling, slo or trace.rate. Resume only files that you
                                                            trust: reading one can run any code.
 """

@@ -79,7 +79,7 @@ WRONG = {
     "experiment that is none": (["run", "experiment=nothing"], "Available options in 'experiment': cluster_day"),
     "wrong block size": (["run", "engine.block_tokens=17"], "block_tokens is 17: allowed are multiples of 16"),
     "missing profile": (["run", "latency=profile", "latency.path=p.json"], "profile p.json does not exist"),
-    "profile not named": (["run", "latency=profile"], "Missing mandatory value: latency.path"),
+    "profile not named": (["run", "latency=profile"], "latency.path has no value: set it, as in latency.path="),
     "broken profile": (["run", "latency=profile", "latency.path=cut.jsonl"], "profile cut.jsonl: "),
     "missing heat map": (
         ["run", "dispatch=deepflow", "dispatch.heat_map.path=h.json"],

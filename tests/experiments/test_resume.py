@@ -57,7 +57,7 @@ def test_a_snapshot_is_no_part_of_the_run(whole: Path, tmp_path: Path) -> None:
 
 def test_another_policy_takes_over(whole: Path, tmp_path: Path) -> None:
     """Requests that ended before the snapshot are as they were, those after it are placed by the other policy."""
-    resume(whole / "snapshot.bin", ["dispatch=round_robin"], folder=tmp_path)
+    resume(whole, ["dispatch=round_robin"], folder=tmp_path)
     before, after = pd.read_parquet(whole / "requests.parquet"), pd.read_parquet(tmp_path / "requests.parquet")
     assert sorted(before.request_id) == sorted(after.request_id)
     ended = before.last_token_ns < 30e9
