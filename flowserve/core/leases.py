@@ -38,9 +38,13 @@ class Leases:
             return  # sent before it died: nobody would end this lease
         task_id, core = message.task_id, self._core
         lease = _Lease(message.by, message.for_task)
+        if message.by == self.name and (sequence := core.sequence(task_id)) is not None:
+            lease.offered = len(
+                sequence.blocks
+            )  # it goes on in these blocks: what it waits for is the end of the prefill
         if (held := core.held.get(task_id)) is not None:
             self._leases[task_id] = lease
-            self._offer(task_id, lease, list(held.blocks), more=False)
+            self._offer(task_id, lease, held.blocks[lease.offered :], more=False)
         elif (
             (sequence := core.sequence(task_id)) is not None
             and core.config.kv_transfer != "by_request"

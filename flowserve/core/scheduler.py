@@ -72,6 +72,8 @@ class EngineCore:
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
+        # Decode tasks that wait for a place in the batch and for nothing else: their KV cache is here.
+        self.in_place: dict[int, Sequence] = {}
         self.failed: list[tuple[Sequence, FailureReason]] = []
         self.fetches: list[Fetch] = []
         # Prefills that have begun, where that is to be said; and those whose KV cache another engine fetches meanwhile.
@@ -101,8 +103,12 @@ class EngineCore:
 
     # -- what goes in ---------------------------------------------------------------------------------------------
 
-    def add(self, task: Task, ids: BlockIds) -> FailureReason | None:
-        """Queue a task whose context has the block identities `ids`. Returns why it cannot ever run, else None."""
+    def add(self, task: Task, ids: BlockIds, in_place: bool = False) -> FailureReason | None:
+        """Queue a task whose context has the block identities `ids`. Returns why it cannot ever run, else None.
+
+        `in_place`: a decode task whose prefill is of this engine. It goes on in the blocks that this one holds, so it
+        waits in no queue for room, see `admit_in_place`.
+        """
         if self._outgrows(task, task.generated):
             return FailureReason.TOO_LONG
         sequence = Sequence(task, self._arrivals, self.clock)
@@ -110,8 +116,28 @@ class EngineCore:
         self._sequences[task.task_id] = sequence
         stride = self._size // BLOCK_TOKENS
         self._ids[task.task_id] = ids if stride == 1 else ids[stride - 1 :: stride]
-        self._enqueue(sequence)
+        if in_place:
+            self._num_waiting += 1
+            self.waiting_tokens += sequence.target
+            self.in_place[task.task_id] = sequence
+        else:
+            self._enqueue(sequence)
         return None
+
+    def admit_in_place(self) -> None:
+        """Take decode tasks whose KV cache is here into the batch, as far as there are places. Each is a fetch that has
+        nothing to copy, over when its prefill is.
+        """
+        while self.in_place and len(self._running) < self.config.max_sequences:
+            task_id, sequence = next(iter(self.in_place.items()))
+            del self.in_place[task_id]
+            self._num_waiting -= 1
+            self.waiting_tokens -= sequence.target
+            self._running[task_id] = sequence
+            sequence.node, sequence.status = self.rtc.root, FETCHING
+            sequence.target -= 1
+            self.order.admitted(sequence, 0)
+            self.fetches.append(Fetch(sequence, self._blocks_for(sequence.target) * self._size, sequence.target))
 
     def abort(self, task_id: int, keep: bool = True) -> Sequence | None:
         """Let go of a sequence in any state. Its blocks follow as soon as no plan and no transfer uses them.
@@ -125,6 +151,7 @@ class EngineCore:
             case Status.WAITING:
                 self._num_waiting -= 1
                 self.waiting_tokens -= sequence.target
+                self.in_place.pop(task_id, None)
                 self._forget(sequence)
             case Status.FETCHING:
                 sequence.status = ENDED  # the transfer still writes into its blocks: freed by `fetched`
@@ -142,6 +169,8 @@ class EngineCore:
     def fetched(self, task_id: int, success: bool) -> Sequence | None:
         """A transfer ended. On success the sequence decodes from the next plan on; else it is given up and returned."""
         sequence = self._sequences[task_id]
+        if success and not sequence.blocks and sequence.status is not ENDED:
+            success = self._take_over(sequence)
         if sequence.status is ENDED or not success:
             self._running.pop(task_id)
             aborted = sequence.status is ENDED
@@ -152,6 +181,18 @@ class EngineCore:
         self._cache(sequence, sequence.computed)
         self._join_decodes(sequence)
         return None
+
+    def _take_over(self, sequence: Sequence) -> bool:
+        """Give a decode task the blocks that its prefill holds here. False where that holds none (any more)."""
+        assert sequence.task.kv is not None
+        held = self.held.pop(sequence.task.kv.task_id, None)
+        if held is None:
+            return False
+        sequence.blocks, sequence.duplicates = held.blocks, held.duplicates
+        sequence.node, sequence.tree_blocks = held.node, held.tree_blocks
+        self._ids[sequence.task_id] = self._ids[held.task_id]  # the very ones that the tree has
+        self._forget(held)
+        return True
 
     def moved(self, ticket: int, success: bool) -> None:
         """A copy between tiers ended. A sequence that waited for it goes on; after a failure it computes everything."""
@@ -431,7 +472,7 @@ class EngineCore:
 
     def _admit(self) -> Sequence | None:
         """Take the head of the queue into the batch if a place and the blocks for its whole context are there."""
-        if len(self._running) >= self.config.max_sequences:
+        if len(self._running) >= self.config.max_sequences or self._num_waiting == len(self.in_place):
             return None
         sequence = self._head()
         alone = not self._running

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from msgspec.structs import replace
 
 from cluster import identity
-from cluster.request import Task
+from cluster.request import KvSource, Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
 from experiments import compiled
 from flowserve.core.config import EngineConfig
@@ -125,6 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.next_position: dict[int, int | None] = {}
         self.preempted: dict[int, int] = {}
         self.fetches: dict[int, Fetch] = {}
+        self.prefill_of: dict[int, int] = {}
         self.kv: dict[tuple[int, int], Any] = {}
         self.written: dict[int, set[int]] = {}
         self.plans = 0
@@ -138,7 +139,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def content(self, sequence: Sequence, position: int) -> Any:
         ids, block = self.ids[sequence.task_id], position // BLOCK_TOKENS
-        return (ids[block] if block < len(ids) else ("own", sequence.task_id, block), position % BLOCK_TOKENS)
+        owner = self.prefill_of.get(sequence.task_id, sequence.task_id)
+        return (ids[block] if block < len(ids) else ("own", owner, block), position % BLOCK_TOKENS)
 
     def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
         return sequence.blocks[position // self.config.block_tokens], position % self.config.block_tokens
@@ -169,7 +171,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     def needs(self, task_id: int, generated: int) -> int:
         """Positions that the next token needs: its own, too, unless it is the last that this engine samples."""
-        task = self.tasks[task_id]
+        return self.needs_of(self.tasks[task_id], generated)
+
+    def needs_of(self, task: Task, generated: int) -> int:
         last = task.kind is TaskKind.PREFILL or task.request.max_tokens - generated <= 1
         return task.request.prompt_tokens + generated + (0 if last else 1)
 
@@ -201,6 +205,33 @@ class EngineMachine(RuleBasedStateMachine):
         self.ids[task_id], self.tokens[task_id] = ids, generated
         self.next_position[task_id], self.preempted[task_id] = None, 0
 
+    @precondition(lambda self: self.followable())
+    @rule(which=st.integers(0, 99))
+    def decode_in_place(self, which: int) -> None:
+        """A decode task of a prefill that is held here, or will be."""
+        prefills, task_id = self.followable(), len(self.tasks)
+        prefill = prefills[which % len(prefills)]
+        generated = self.tokens[prefill] + (self.state[prefill] == "live")
+        task = Task(task_id, self.tasks[prefill].request, TaskKind.DECODE, generated, KvSource("here", prefill))
+        if self.core.add(task, self.ids[prefill], in_place=True) is not None:
+            assert self.needs_of(task, generated) > self.room
+            return
+        self.tasks[task_id], self.state[task_id] = task, "live"
+        self.ids[task_id], self.tokens[task_id] = self.ids[prefill], generated
+        self.next_position[task_id], self.preempted[task_id] = None, 0
+        self.prefill_of[task_id] = prefill
+
+    def followable(self) -> list[int]:
+        """Prefills that are here, and that nobody waits for yet."""
+        taken = set(self.prefill_of.values())
+        here = [task_id for task_id, state in self.state.items() if state in ("live", "held") and task_id not in taken]
+        return [n for n in here if self.tasks[n].kind is TaskKind.PREFILL and self.allows_more(n)]
+
+    def allows_more(self, prefill: int) -> bool:
+        """Whether there is anything to decode behind it."""
+        more = self.tasks[prefill].request.max_tokens - self.tokens[prefill]
+        return more > (self.state[prefill] == "live")
+
     @precondition(lambda self: self.tasks)
     @rule(which=st.integers(0, 99))
     def abort(self, which: int) -> None:
@@ -216,6 +247,8 @@ class EngineMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         """The next step is decided, within every limit."""
         full = len(self.core.in_flight) == self.config.max_in_flight
+        self.core.admit_in_place()
+        assert not self.core.in_place or self.core.num_running == self.config.max_sequences
         plan = self.core.schedule()
         for sequence, reason in self.core.failed:
             assert reason is FailureReason.TOO_LONG
@@ -225,8 +258,12 @@ class EngineMachine(RuleBasedStateMachine):
         self.core.failed.clear()
         for fetch in self.core.fetches:
             assert fetch.tokens == fetch.sequence.task.context_tokens - 1
-            assert fetch.skip <= fetch.tokens
-            self.context_is_there(fetch.sequence, fetch.skip)
+            if fetch.sequence.task_id in self.prefill_of:
+                assert fetch.skip >= fetch.tokens, "it is copied to where it is"
+                assert not fetch.sequence.blocks
+            else:
+                assert fetch.skip <= fetch.tokens
+                self.context_is_there(fetch.sequence, fetch.skip)
             self.fetches[fetch.sequence.task_id] = fetch
         self.core.fetches.clear()
         self.moves |= {move.ticket: move for move in self.core.rtc.moves}
@@ -348,6 +385,9 @@ class EngineMachine(RuleBasedStateMachine):
         """A transfer ends, well or not, perhaps after its task was aborted."""
         task_id = list(self.fetches)[which % len(self.fetches)]
         sequence, skip, tokens = self.fetches.pop(task_id)
+        prefill = self.prefill_of.get(task_id)
+        if prefill is not None:
+            success = success and self.state[prefill] == "held"
         if success:  # also of an aborted task: the transfer wrote into its blocks all the same
             for position in range(skip, tokens):
                 self.kv[self.place(sequence, position)] = self.content(sequence, position)
@@ -357,6 +397,9 @@ class EngineMachine(RuleBasedStateMachine):
         elif success:
             assert lost is None
             self.next_position[task_id] = tokens
+            if prefill is not None:
+                self.ends(prefill, "taken over")
+                self.context_is_there(sequence, tokens)
         else:
             assert lost is sequence
             self.ends(task_id, "lost")
