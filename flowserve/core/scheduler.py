@@ -95,8 +95,12 @@ class EngineCore:
         self._phases: list[dict[int, Sequence]] = [{} for _ in range(config.block_tokens)]
         self._limits: list[tuple[int, int, Sequence]] = []
         self._ending: dict[int, tuple[int, Sequence, int]] = {}
-        # The head of the queue that found no room, and the state of the cache then: asked again when that changes.
-        self._blocked: tuple[int, int, bool] | None = None
+        # Decode tasks by the age of their requests, some of which wait no more; those that went ahead of the queue,
+        # which has them still.
+        self._decode_tasks: list[tuple[int, int, Sequence]] = []
+        self._passed: set[int] = set()
+        # Who found no room, and the state of the cache then: asked again when that changes.
+        self._blocked: tuple[int, int | None, int, bool] | None = None
         self._plans = 0
         self._arrivals = 0
         self._watermark = int(config.watermark * config.kv_blocks)
@@ -122,6 +126,9 @@ class EngineCore:
             self.in_place[task.task_id] = sequence
         else:
             self._enqueue(sequence)
+            if task.kv is not None:
+                self._oldest_decode_task()  # for the sake of those that wait no more
+                heapq.heappush(self._decode_tasks, (task.request.request_id, sequence.arrival, sequence))
         return None
 
     def admit_in_place(self) -> None:
@@ -471,13 +478,27 @@ class EngineCore:
         return sequence.task.request.max_tokens - sequence.sampled
 
     def _admit(self) -> Sequence | None:
-        """Take the head of the queue into the batch if a place and the blocks for its whole context are there."""
+        """Take the head of the queue into the batch if a place and the blocks for its whole context are there.
+
+        Where there is no room for it and KV cache is held here, for decode tasks elsewhere, the decode task of the
+        oldest request goes ahead: others may wait for what is held for that one, while here the head waits for them.
+        """
         if len(self._running) >= self.config.max_sequences or self._num_waiting == len(self.in_place):
             return None
-        sequence = self._head()
-        alone = not self._running
-        if self._blocked == (sequence.task_id, self.rtc.changes, alone):
+        head, alone = self._head(), not self._running
+        oldest = self._oldest_decode_task() if self.held else None
+        number = None if oldest is None else oldest.task_id
+        if self._blocked == (head.task_id, number, self.rtc.changes, alone):
             return None
+        if self._find_room(head, alone):
+            return head
+        if oldest is not None and oldest is not head and self._find_room(oldest, alone, ahead=True):
+            return oldest
+        self._blocked = (head.task_id, number, self.rtc.changes, alone)
+        return None
+
+    def _find_room(self, sequence: Sequence, alone: bool, ahead: bool = False) -> bool:
+        """Take it into the batch if the blocks for its whole context are there. `ahead`: of the head of the queue."""
         fetching = sequence.task.kv is not None and not sequence.preemptions
         target = sequence.target - 1 if fetching else sequence.target
         ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self._size
@@ -496,9 +517,11 @@ class EngineCore:
             blocks = self.rtc.alloc_blocks(need, cached[-1] if cached else None, runs)
         if blocks is None:
             self.rtc.unlock(node)
-            self._blocked = (sequence.task_id, self.rtc.changes, alone)
-            return None
-        self.order.pop()
+            return False
+        if ahead:
+            self._passed.add(sequence.task_id)
+        else:
+            self.order.pop()
         self._num_waiting -= 1
         self.waiting_tokens -= sequence.target
         self._running[sequence.task_id] = sequence
@@ -517,7 +540,17 @@ class EngineCore:
             self.fetches.append(Fetch(sequence, sequence.computed, target))
         else:
             self._begin(sequence)
-        return sequence
+        return True
+
+    def _oldest_decode_task(self) -> Sequence | None:
+        """Of the decode tasks that wait for room, the one whose request is the oldest."""
+        tasks = self._decode_tasks
+        while tasks:
+            _, _, sequence = tasks[0]
+            if sequence.status is WAITING and not sequence.preemptions:
+                return sequence
+            heapq.heappop(tasks)
+        return None
 
     def _begin(self, sequence: Sequence) -> None:
         """All that its prompt needs is there."""
@@ -573,13 +606,14 @@ class EngineCore:
             pass
 
     def _head(self) -> Sequence:
-        """Who waits and is next; those that were aborted in the queue leave it here."""
+        """Who waits and is next; those that were aborted in the queue, or went ahead of it, leave it here."""
         while True:
             head = self.order.head(self.clock.issued)
             assert isinstance(head, Sequence), f"{type(self.order).__name__} has lost a waiting sequence"
             if head.status is WAITING:
                 return head
             self.order.pop()
+            self._passed.discard(head.task_id)
 
     def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
         """`pending`: tokens sampled by issued plans that are not complete."""
@@ -789,7 +823,10 @@ class EngineCore:
         sequence.status = WAITING
         self._num_waiting += 1
         self.waiting_tokens += sequence.target
-        self.order.push(sequence, self.clock.issued)
+        if sequence.task_id in self._passed:
+            self._passed.remove(sequence.task_id)  # the queue has it still
+        else:
+            self.order.push(sequence, self.clock.issued)
 
     def _outgrows(self, task: Task, generated: int) -> bool:
         """Whether a task has more context than the whole KV cache holds, or will have with its next token.

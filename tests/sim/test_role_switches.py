@@ -12,6 +12,32 @@ from tests.contract.backends import Driver, sim_cluster
 STEP_S = 0.002
 
 
+def crosswise(driver: Driver, prompt: int) -> None:
+    """Two executors that hold a prompt each and have changed sides; each is to decode what the other one holds, behind
+    a prompt of three blocks that it took before.
+    """
+    sides = ("te-0", "te-1")
+    for executor in sides:
+        driver.launch(executor, Role.PREFILL)
+    requests = [driver.open(number, prompt=prompt, output=5) for number in range(2)]
+    held = [driver.prefill(sides[number], requests[number], number) for number in range(2)]
+    for number in range(2):
+        driver.dispatch(sides[number], driver.open(10 + number, output=5), 10 + number, TaskKind.PREFILL)
+        driver.submit(SwitchRole(sides[number], Role.DECODE))
+        driver.wait(ev.RoleSwitched)
+    for number in range(2):
+        driver.dispatch(sides[1 - number], requests[number], 20 + number, TaskKind.DECODE, 1, held[number])
+
+
+def test_decode_tasks_go_ahead_of_prompts_that_wait_for_each_others_blocks() -> None:
+    """Each executor has room for the other's request, whose end makes room for its own prompt."""
+    with sim_cluster(engine=EngineConfig(4, 16, 64, 4, watermark=0.0)) as cluster:
+        driver = Driver(cluster)
+        crosswise(driver, prompt=20)
+        for task_id in (20, 21, 10, 11):
+            assert driver.wait(ev.TaskFinished, task_id=task_id).executor == f"te-{(task_id + (task_id >= 20)) % 2}"
+
+
 @pytest.mark.parametrize("kv_transfer", ["by_request", "by_chunk"])
 def test_a_handover_in_place_costs_a_step_and_no_byte(kv_transfer: KvTransfer) -> None:
     """A prompt of 800 kB: on another executor its copy takes a step's time and more, where it is held nothing."""
