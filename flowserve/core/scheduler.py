@@ -72,6 +72,8 @@ class EngineCore:
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
+        # What other engines fetch from here just now.
+        self.leased: set[int] = set()
         # Decode tasks that wait for a place in the batch and for nothing else: their KV cache is here.
         self.in_place: dict[int, Sequence] = {}
         self.failed: list[tuple[Sequence, FailureReason]] = []
@@ -128,7 +130,7 @@ class EngineCore:
             self._enqueue(sequence)
             if task.kv is not None:
                 self._oldest_decode_task()  # for the sake of those that wait no more
-                heapq.heappush(self._decode_tasks, (task.request.request_id, sequence.arrival, sequence))
+                heapq.heappush(self._decode_tasks, (_age(sequence), sequence.arrival, sequence))
         return None
 
     def admit_in_place(self) -> None:
@@ -508,6 +510,8 @@ class EngineCore:
         reserve = 0 if alone else self._watermark
         if alone and need > self.rtc.available and not self.rtc.moving:
             self._release_contexts(need)
+            if fetching and self.held:
+                self._give_way(sequence, need)
         blocks = None
         if need + reserve <= self.rtc.available:
             if fetching and sequence.task.kv:
@@ -604,6 +608,21 @@ class EngineCore:
         """Contexts with an ID give way, oldest first, where otherwise nothing could ever run again."""
         while need > self.rtc.available and self.rtc.release_oldest():
             pass
+
+    def _give_way(self, sequence: Sequence, need: int) -> None:
+        """Drop what is held for younger requests, the youngest first, so that a decode task finds room (wound-wait,
+        Rosenkrantz et al., 1978). Only where nothing else can make any: nothing computes, and nobody fetches.
+
+        A request keeps its age through all retries, so the oldest one that waits for room is never waited for in vain,
+        nor is what is held for it dropped: two engines never take each other's.
+        """
+        if self.leased or self._ending or min(map(_age, self.held.values())) < _age(sequence):
+            return
+        for held in sorted(self.held.values(), key=_age, reverse=True):
+            if need <= self.rtc.available:
+                return
+            del self.held[held.task_id]
+            self._free(held, held.computed)
 
     def _head(self) -> Sequence:
         """Who waits and is next; those that were aborted in the queue, or went ahead of it, leave it here."""
@@ -846,6 +865,11 @@ def _policy(spec: PolicySpec | None, kind: type[T]) -> T:
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
+
+
+def _age(sequence: Sequence) -> int:
+    """The smaller, the older the request."""
+    return sequence.task.request.request_id
 
 
 def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:

@@ -186,16 +186,25 @@ class EngineMachine(RuleBasedStateMachine):
         path=st.none() | st.lists(st.integers(0, 1), min_size=8, max_size=10),
         kind=st.sampled_from(KINDS),
         context=st.sampled_from([None, None, None, "a", "b"]),
+        old=st.booleans(),
     )
     def add(
-        self, prompt: int, limit: int, earlier: int, path: list[int] | None, kind: TaskKind, context: str | None
+        self,
+        prompt: int,
+        limit: int,
+        earlier: int,
+        path: list[int] | None,
+        kind: TaskKind,
+        context: str | None,
+        old: bool,
     ) -> None:
         """A new task: fresh, a retry with earlier tokens, or a decode task whose first token came from elsewhere."""
         task_id = len(self.tasks)
         generated = max(1, earlier) if kind is TaskKind.DECODE else earlier
         source = "elsewhere" if kind is TaskKind.DECODE else None
         task = make_task(task_id, prompt, generated + limit, kind, generated, source=source)
-        task = replace(task, request=replace(task.request, context_id=context))
+        age = task_id if old else 1000 - task_id
+        task = replace(task, request=replace(task.request, context_id=context, request_id=age))
         known = None if path is None else chain(*path)
         ids = identity.of_context(task_id, task.request.max_tokens, known)
         refusal = self.core.add(task, ids)
@@ -256,6 +265,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert sequence.generated == self.tokens[sequence.task_id]
             self.ends(sequence.task_id, "failed")
         self.core.failed.clear()
+        self.give_way()
         for fetch in self.core.fetches:
             assert fetch.tokens == fetch.sequence.task.context_tokens - 1
             if fetch.sequence.task_id in self.prefill_of:
@@ -310,6 +320,16 @@ class EngineMachine(RuleBasedStateMachine):
         draft = sum(verify.draft for verify in plan.verifies)
         sequences = len(plan.decodes) + len(plan.verifies)
         assert plan.shape == (prefill, attention, len(plan.chunks), sequences, context, draft)
+
+    def give_way(self) -> None:
+        """What was held for younger requests may be dropped for a decode task, the first of an idle engine."""
+        held = {task_id for task_id, state in self.state.items() if state == "held"}
+        for task_id in held - set(self.core.held):
+            taker = next(iter(self.core._running.values()))
+            assert self.core.fetches[0].sequence is taker
+            oldest = min(self.tasks[each].request.request_id for each in held)
+            assert taker.task.request.request_id <= oldest
+            self.ends(task_id, "gave way")
 
     def guess(self, verify: Verify) -> None:
         """Behind the last known token, guesses are computed; whether they are right is seen later."""

@@ -32,6 +32,7 @@ from sim.topology import Hosts, HostShape, Wire
 from tests.builders import (
     MODEL,
     NPU,
+    AtItsHolder,
     BackAndForth,
     Run,
     chain,
@@ -169,7 +170,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         "scaling": scales,
         "stages": [(Stage.TE_LOAD, draw(st.sampled_from([0, 10_000_000, 123_456_789])))],
         "engine": EngineConfig(
-            kv_blocks=draw(st.integers(5, 16)),
+            kv_blocks=draw(st.integers(3, 16)),
             block_tokens=draw(st.sampled_from([16, 16, 32])),
             token_budget=sequences * (1 + guesses) + draw(st.integers(0, 60)),
             max_sequences=sequences,
@@ -193,7 +194,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         "contention": draw(st.sampled_from([Contention(), Contention(), Contention(0.3, 0.1, 0.0, 0.2)])),
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
-        "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),
+        "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, AtItsHolder, deepflow])),
         "report_period_s": draw(st.sampled_from([0.02, 0.1, 1.0])),
         "delays": draw(st.builds(Delays, delayed, delayed, st.sampled_from([0.0, 0.0001, 0.01]), delayed)),
         "num_job_executors": draw(st.integers(1, 2)),
