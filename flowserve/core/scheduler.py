@@ -72,7 +72,7 @@ class EngineCore:
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
-        # What other engines fetch from here just now.
+        # Prefills whose KV cache is being fetched, or will be as soon as they are done.
         self.leased: set[int] = set()
         # Decode tasks that wait for a place in the batch and for nothing else: their KV cache is here.
         self.in_place: dict[int, Sequence] = {}
@@ -613,8 +613,8 @@ class EngineCore:
         """Drop what is held for younger requests, the youngest first, so that a decode task finds room (wound-wait,
         Rosenkrantz et al., 1978). Only where nothing else can make any: nothing computes, and nobody fetches.
 
-        A request keeps its age through all retries, so the oldest one that waits for room is never waited for in vain,
-        nor is what is held for it dropped: two engines never take each other's.
+        A request keeps its age through all retries, so two engines never drop each other's, and what is held for the
+        oldest request of all is never dropped.
         """
         if self.leased or self._ending or min(map(_age, self.held.values())) < _age(sequence):
             return
