@@ -76,7 +76,9 @@ class QueueOrder:
 
     Most orders only override `key`. `steps` is a count of decode steps: every sequence that decodes gets one token per
     step, so an order that accounts for service needs to hear of a sequence only when it joins and leaves. The head
-    waits for room and is not overtaken meanwhile.
+    waits for room and is not overtaken meanwhile, but by decode tasks while KV cache is held here for other engines:
+    after a role switch, one could otherwise wait for the other. A decode task whose KV cache is here already waits in
+    no queue, and is never pushed.
     """
 
     moves_with_service = False
@@ -98,7 +100,7 @@ class QueueOrder:
         return self._heap[0][2] if self._heap else None
 
     def pop(self) -> None:
-        """The head leaves the queue: it is admitted, or was aborted some time ago."""
+        """The head leaves the queue: it is admitted, or was aborted or went ahead of the queue some time ago."""
         heapq.heappop(self._heap)
 
     def admitted(self, sequence: EngineSequence, tokens: int) -> None:

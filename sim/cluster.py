@@ -469,7 +469,7 @@ class SimCluster(Cluster):
         if source not in self.executors:  # it died after it made the offer
             on_end(False)
             return
-        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, _parties(source, name))
+        self.network.start(self.topology.path(source, name), num_bytes, pieces, on_end, (source, name))
 
     def _follow(
         self, name: str, transfer: Transfer, plan: int, num_bytes: int, pieces: int, on_end: Callable[[bool], None]
@@ -481,7 +481,7 @@ class SimCluster(Cluster):
         if engine is None or name not in self.executors:  # one of them has died since
             on_end(False)
             return
-        path, parties = self.topology.path(transfer.source, name), _parties(transfer.source, name)
+        path, parties = self.topology.path(transfer.source, name), (transfer.source, name)
         start, end = engine.step_of(plan) or (now, now)
         layers = self._nodes[name].layers
         first = start + -(-(end - start) // layers)
@@ -532,11 +532,6 @@ class SimCluster(Cluster):
             self.clock.alarm(delay, action)
         else:
             action()
-
-
-def _parties(source: str, target: str) -> tuple[str, ...]:
-    """Of a transfer. An executor that has switched its role may fetch from itself."""
-    return (target,) if source == target else (source, target)
 
 
 _PERFORM: Final[dict[type, Callable[[SimCluster, Any], None]]] = {

@@ -11,11 +11,12 @@ from cluster.acceptance import Acceptance
 from cluster.actions import Action
 from cluster.client import Client
 from cluster.control import ControlPlane
+from cluster.fleet import Fleet
 from cluster.job_executor import JobExecutor
 from cluster.jobs.executor import WorkJobExecutor
 from cluster.latency import LatencyModel
 from cluster.manager import ClusterManager, GroupPlan
-from cluster.policy import DispatchPolicy, ScalingPolicy
+from cluster.policy import DispatchPolicy, GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.recorder import Recorder
 from cluster.request import Answer, Arrival, KvSource, Request, Task, Trigger
 from cluster.vocabulary import NS_PER_S, WORKERS, ExecutorSpec, ExecutorState, Role, Stage, TaskKind, to_ns
@@ -386,6 +387,31 @@ def run_out(clock: Clock) -> None:
     """Until nothing is left to happen."""
     while clock.next_ns is not None:
         clock.step()
+
+
+class BackAndForth(ScalingPolicy):
+    """Moves an executor from prefill to decode, then from decode to prefill, and so on."""
+
+    def __init__(self, period_s: float = 0.04) -> None:
+        self.period_s = period_s
+        self._turn = 0
+
+    def desired(self, load: GroupLoad, now_ns: int) -> int:
+        return load.ready + load.pending
+
+    def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
+        self._turn += 1
+        sides = (Role.PREFILL, Role.DECODE)
+        return [RoleSwitch(MODEL, sides[self._turn % 2 - 1], sides[self._turn % 2])]
+
+
+class AtItsHolder(LeastOutstanding):
+    """Decode tasks go where their KV cache is, if that executor decodes by now."""
+
+    def place(self, task: Task, fleet: Fleet, now_ns: int) -> str | None:
+        if task.kv is not None and fleet.role_of(task.kv.executor) is Role.DECODE:
+            return task.kv.executor
+        return super().place(task, fleet, now_ns)
 
 
 def disaggregated(prefill: int = 1, decode: int = 1, colocated: int = 0) -> list[GroupPlan]:

@@ -38,15 +38,17 @@ class Leases:
             return  # sent before it died: nobody would end this lease
         task_id, core = message.task_id, self._core
         lease = _Lease(message.by, message.for_task)
+        if message.by == self.name and (own := core.sequence(task_id)) is not None:
+            lease.offered = len(own.blocks)  # it goes on in them: it waits for the end of the prefill alone
         if (held := core.held.get(task_id)) is not None:
-            self._leases[task_id] = lease
-            self._offer(task_id, lease, list(held.blocks), more=False)
+            self._add(task_id, lease)
+            self._offer(task_id, lease, held.blocks[lease.offered :], more=False)
         elif (
             (sequence := core.sequence(task_id)) is not None
             and core.config.kv_transfer != "by_request"
             and (sequence.status is PREFILL or sequence.status is HELD)
         ):
-            self._leases[task_id] = lease
+            self._add(task_id, lease)
             core.followed.add(task_id)
             self._offer_up_to(sequence, core.computed_here(sequence))
             self.offer_computing()
@@ -88,6 +90,7 @@ class Leases:
         that, asks the reader's task back; what it read is of no use to anyone.
         """
         if self._leases.pop(task_id, None) is not None:
+            self._core.leased.discard(task_id)
             self._core.followed.discard(task_id)
 
     def released(self, task_id: int, reader: str) -> None:
@@ -103,6 +106,10 @@ class Leases:
         for task_id, lease in list(self._leases.items()):
             if lease.reader == executor:
                 self.released(task_id, executor)
+
+    def _add(self, task_id: int, lease: _Lease) -> None:
+        self._leases[task_id] = lease
+        self._core.leased.add(task_id)
 
     def _offer_up_to(self, sequence: Sequence, tokens: int) -> None:
         """The blocks that are full of what is computed, and were not offered."""

@@ -111,7 +111,12 @@ class Master:
 
     def next_plan(self) -> Plan | None:
         """Decide the next step; also starts the transfers that there is room for, and copies between tiers."""
+        if self.core.in_place:
+            self._begin_in_place()
         plan = self.core.schedule()
+        if plan is None and self.core.in_place:  # somebody may have been preempted and left a place
+            self._begin_in_place()
+            plan = self.core.schedule()
         if self.core.fetches and self._request_fetches() and plan is None:
             plan = self.core.schedule()
         if self.core.begun:
@@ -134,6 +139,11 @@ class Master:
         self.core.failed.clear()
         self._forget_times()
 
+    def _begin_in_place(self) -> None:
+        """Decode tasks whose KV cache is here come first, and are in the very next plan."""
+        self.core.admit_in_place()
+        self._request_fetches()
+
     def _request_fetches(self) -> bool:
         """Ask for the KV cache of newly admitted sequences. True where one needs nothing and can decode at once."""
         complete = False
@@ -142,10 +152,12 @@ class Master:
             assert source is not None
             task_id = fetch.sequence.task_id
             fetching = self._fetches[task_id] = _Fetching(fetch, source)
-            # Where all of it is cached here; but of a source that sends early it is not known whether it is done.
+            # Where all of it is here; but of a source that sends early it is not known whether it is done.
             if fetch.skip >= fetch.tokens and self.core.config.kv_transfer == "by_request":
                 fetching.whole = complete = True
                 self._go_on(task_id, self._now)
+            elif source.executor == self.name:
+                self._leases.request(KvRequested(source.task_id, task_id, self.name))
             else:
                 self._outbox.peers.append((source.executor, KvRequested(source.task_id, task_id, self.name)))
         self.core.fetches.clear()
@@ -252,7 +264,7 @@ class Master:
         if (task.kind is TaskKind.DECODE) != (task.kv is not None):
             reason: FailureReason | None = FailureReason.INVALID
         else:
-            reason = self.core.add(task, ids)
+            reason = self.core.add(task, ids, in_place=task.kv is not None and task.kv.executor == self.name)
         if reason is None:
             self._entries[task.task_id] = entry
         else:
@@ -408,8 +420,12 @@ class Master:
         if fetching.copying or not (fetching.whole or fetching.failed):
             return
         del self._fetches[task_id]
-        self._outbox.peers.append((fetching.source.executor, KvReleased(fetching.source.task_id, self.name)))
+        source = fetching.source
         lost = self.core.fetched(task_id, fetching.failed is None)
+        if source.executor == self.name:
+            self._leases.released(source.task_id, self.name)
+        else:
+            self._outbox.peers.append((source.executor, KvReleased(source.task_id, self.name)))
         if lost is not None:
             reason, detail = fetching.failed or (FailureReason.KV_LOST, "")
             self._fail(self._entries.pop(task_id), reason, lost.generated, now, detail)

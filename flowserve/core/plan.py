@@ -107,7 +107,9 @@ class Plan:
 
 
 class Fetch(NamedTuple):
-    """KV cache to be brought from another engine: positions `[skip, tokens)` into `blocks[skip // block_tokens :]`."""
+    """KV cache to be brought from another engine: positions `[skip, tokens)` into `blocks[skip // block_tokens :]`. In
+    place there is nothing to bring, and `skip` is not below `tokens`.
+    """
 
     sequence: Sequence
     skip: int

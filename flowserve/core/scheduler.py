@@ -72,6 +72,10 @@ class EngineCore:
         self.clock = DecodeClock()
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
+        # Prefills whose KV cache is being fetched, or will be as soon as they are done.
+        self.leased: set[int] = set()
+        # Decode tasks that wait for a place in the batch and for nothing else: their KV cache is here.
+        self.in_place: dict[int, Sequence] = {}
         self.failed: list[tuple[Sequence, FailureReason]] = []
         self.fetches: list[Fetch] = []
         # Prefills that have begun, where that is to be said; and those whose KV cache another engine fetches meanwhile.
@@ -93,16 +97,24 @@ class EngineCore:
         self._phases: list[dict[int, Sequence]] = [{} for _ in range(config.block_tokens)]
         self._limits: list[tuple[int, int, Sequence]] = []
         self._ending: dict[int, tuple[int, Sequence, int]] = {}
-        # The head of the queue that found no room, and the state of the cache then: asked again when that changes.
-        self._blocked: tuple[int, int, bool] | None = None
+        # Decode tasks by the age of their requests, some of which wait no more; those that went ahead of the queue,
+        # which has them still.
+        self._decode_tasks: list[tuple[int, int, Sequence]] = []
+        self._passed: set[int] = set()
+        # Who found no room, and the state of the cache then: asked again when that changes.
+        self._blocked: tuple[int, int | None, int, bool] | None = None
         self._plans = 0
         self._arrivals = 0
         self._watermark = int(config.watermark * config.kv_blocks)
 
     # -- what goes in ---------------------------------------------------------------------------------------------
 
-    def add(self, task: Task, ids: BlockIds) -> FailureReason | None:
-        """Queue a task whose context has the block identities `ids`. Returns why it cannot ever run, else None."""
+    def add(self, task: Task, ids: BlockIds, in_place: bool = False) -> FailureReason | None:
+        """Queue a task whose context has the block identities `ids`. Returns why it cannot ever run, else None.
+
+        `in_place`: a decode task whose prefill is of this engine. It goes on in the blocks that this one holds, so it
+        waits in no queue for room, see `admit_in_place`.
+        """
         if self._outgrows(task, task.generated):
             return FailureReason.TOO_LONG
         sequence = Sequence(task, self._arrivals, self.clock)
@@ -110,8 +122,31 @@ class EngineCore:
         self._sequences[task.task_id] = sequence
         stride = self._size // BLOCK_TOKENS
         self._ids[task.task_id] = ids if stride == 1 else ids[stride - 1 :: stride]
-        self._enqueue(sequence)
+        if in_place:
+            self._num_waiting += 1
+            self.waiting_tokens += sequence.target
+            self.in_place[task.task_id] = sequence
+        else:
+            self._enqueue(sequence)
+            if task.kv is not None:
+                self._oldest_decode_task()  # for the sake of those that wait no more
+                heapq.heappush(self._decode_tasks, (_age(sequence), sequence.arrival, sequence))
         return None
+
+    def admit_in_place(self) -> None:
+        """Take decode tasks whose KV cache is here into the batch, as far as there are places. Each is a fetch that has
+        nothing to copy, over when its prefill is.
+        """
+        while self.in_place and len(self._running) < self.config.max_sequences:
+            task_id, sequence = next(iter(self.in_place.items()))
+            del self.in_place[task_id]
+            self._num_waiting -= 1
+            self.waiting_tokens -= sequence.target
+            self._running[task_id] = sequence
+            sequence.node, sequence.status = self.rtc.root, FETCHING
+            sequence.target -= 1
+            self.order.admitted(sequence, 0)
+            self.fetches.append(Fetch(sequence, self._blocks_for(sequence.target) * self._size, sequence.target))
 
     def abort(self, task_id: int, keep: bool = True) -> Sequence | None:
         """Let go of a sequence in any state. Its blocks follow as soon as no plan and no transfer uses them.
@@ -125,6 +160,7 @@ class EngineCore:
             case Status.WAITING:
                 self._num_waiting -= 1
                 self.waiting_tokens -= sequence.target
+                self.in_place.pop(task_id, None)
                 self._forget(sequence)
             case Status.FETCHING:
                 sequence.status = ENDED  # the transfer still writes into its blocks: freed by `fetched`
@@ -142,6 +178,8 @@ class EngineCore:
     def fetched(self, task_id: int, success: bool) -> Sequence | None:
         """A transfer ended. On success the sequence decodes from the next plan on; else it is given up and returned."""
         sequence = self._sequences[task_id]
+        if success and not sequence.blocks and sequence.status is not ENDED:
+            success = self._take_over(sequence)
         if sequence.status is ENDED or not success:
             self._running.pop(task_id)
             aborted = sequence.status is ENDED
@@ -152,6 +190,18 @@ class EngineCore:
         self._cache(sequence, sequence.computed)
         self._join_decodes(sequence)
         return None
+
+    def _take_over(self, sequence: Sequence) -> bool:
+        """Give a decode task the blocks that its prefill holds here. False where that holds none (any more)."""
+        assert sequence.task.kv is not None
+        held = self.held.pop(sequence.task.kv.task_id, None)
+        if held is None:
+            return False
+        sequence.blocks, sequence.duplicates = held.blocks, held.duplicates
+        sequence.node, sequence.tree_blocks = held.node, held.tree_blocks
+        self._ids[sequence.task_id] = self._ids[held.task_id]  # the very ones that the tree has
+        self._forget(held)
+        return True
 
     def moved(self, ticket: int, success: bool) -> None:
         """A copy between tiers ended. A sequence that waited for it goes on; after a failure it computes everything."""
@@ -441,13 +491,27 @@ class EngineCore:
         return sequence.task.request.max_tokens - sequence.sampled
 
     def _admit(self) -> Sequence | None:
-        """Take the head of the queue into the batch if a place and the blocks for its whole context are there."""
-        if len(self._running) >= self.config.max_sequences:
+        """Take the head of the queue into the batch if a place and the blocks for its whole context are there.
+
+        Where there is no room for it and KV cache is held here, for decode tasks elsewhere, the decode task of the
+        oldest request goes ahead: others may wait for what is held for that one, while here the head waits for them.
+        """
+        if len(self._running) >= self.config.max_sequences or self._num_waiting == len(self.in_place):
             return None
-        sequence = self._head()
-        alone = not self._running
-        if self._blocked == (sequence.task_id, self.rtc.changes, alone):
+        head, alone = self._head(), not self._running
+        oldest = self._oldest_decode_task() if self.held else None
+        number = None if oldest is None else oldest.task_id
+        if self._blocked == (head.task_id, number, self.rtc.changes, alone):
             return None
+        if self._find_room(head, alone):
+            return head
+        if oldest is not None and oldest is not head and self._find_room(oldest, alone, ahead=True):
+            return oldest
+        self._blocked = (head.task_id, number, self.rtc.changes, alone)
+        return None
+
+    def _find_room(self, sequence: Sequence, alone: bool, ahead: bool = False) -> bool:
+        """Take it into the batch if the blocks for its whole context are there. `ahead`: of the head of the queue."""
         fetching = sequence.task.kv is not None and not sequence.preemptions
         target = sequence.target - 1 if fetching else sequence.target
         ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self._size
@@ -457,6 +521,8 @@ class EngineCore:
         reserve = 0 if alone else self._watermark
         if alone and need > self.rtc.available and not self.rtc.moving:
             self._release_contexts(need)
+            if fetching and self.held:
+                self._give_way(sequence, need)
         blocks = None
         if need + reserve <= self.rtc.available:
             if fetching and sequence.task.kv:
@@ -466,9 +532,11 @@ class EngineCore:
             blocks = self.rtc.alloc_blocks(need, cached[-1] if cached else None, runs)
         if blocks is None:
             self.rtc.unlock(node)
-            self._blocked = (sequence.task_id, self.rtc.changes, alone)
-            return None
-        self.order.pop()
+            return False
+        if ahead:
+            self._passed.add(sequence.task_id)
+        else:
+            self.order.pop()
         self._num_waiting -= 1
         self.waiting_tokens -= sequence.target
         self._running[sequence.task_id] = sequence
@@ -487,7 +555,17 @@ class EngineCore:
             self.fetches.append(Fetch(sequence, sequence.computed, target))
         else:
             self._begin(sequence)
-        return sequence
+        return True
+
+    def _oldest_decode_task(self) -> Sequence | None:
+        """Of the decode tasks that wait for room, the one whose request is the oldest."""
+        tasks = self._decode_tasks
+        while tasks:
+            _, _, sequence = tasks[0]
+            if sequence.status is WAITING and not sequence.preemptions:
+                return sequence
+            heapq.heappop(tasks)
+        return None
 
     def _begin(self, sequence: Sequence) -> None:
         """All that its prompt needs is there."""
@@ -542,14 +620,30 @@ class EngineCore:
         while need > self.rtc.available and self.rtc.release_oldest():
             pass
 
+    def _give_way(self, sequence: Sequence, need: int) -> None:
+        """Drop what is held for younger requests, the youngest first, so that a decode task finds room (wound-wait,
+        Rosenkrantz et al., 1978). Only where nothing else can make any: nothing computes, and nobody fetches.
+
+        A request keeps its age through all retries, so two engines never drop each other's, and what is held for the
+        oldest request of all is never dropped.
+        """
+        if self.leased or self._ending or min(map(_age, self.held.values())) < _age(sequence):
+            return
+        for held in sorted(self.held.values(), key=_age, reverse=True):
+            if need <= self.rtc.available:
+                return
+            del self.held[held.task_id]
+            self._free(held, held.computed)
+
     def _head(self) -> Sequence:
-        """Who waits and is next; those that were aborted in the queue leave it here."""
+        """Who waits and is next; those that were aborted in the queue, or went ahead of it, leave it here."""
         while True:
             head = self.order.head(self.clock.issued)
             assert isinstance(head, Sequence), f"{type(self.order).__name__} has lost a waiting sequence"
             if head.status is WAITING:
                 return head
             self.order.pop()
+            self._passed.discard(head.task_id)
 
     def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
         """`pending`: tokens sampled by issued plans that are not complete."""
@@ -761,7 +855,10 @@ class EngineCore:
         sequence.status = WAITING
         self._num_waiting += 1
         self.waiting_tokens += sequence.target
-        self.order.push(sequence, self.clock.issued)
+        if sequence.task_id in self._passed:
+            self._passed.remove(sequence.task_id)  # the queue has it still
+        else:
+            self.order.push(sequence, self.clock.issued)
 
     def _outgrows(self, task: Task, generated: int) -> bool:
         """Whether a task has more context than the whole KV cache holds, or will have with its next token.
@@ -781,6 +878,11 @@ def _policy(spec: PolicySpec | None, kind: type[T]) -> T:
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
+
+
+def _age(sequence: Sequence) -> int:
+    """The smaller, the older the request."""
+    return sequence.task.request.request_id
 
 
 def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:

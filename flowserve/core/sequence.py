@@ -21,8 +21,8 @@ class DecodeClock:
 
 
 class Status(Enum):
-    """Where a sequence is. FETCHING: its KV cache comes from another engine; POPULATING: some of it comes from a lower
-    tier; HELD: prefilled here, for another engine to fetch.
+    """Where a sequence is. FETCHING: its KV cache comes from another engine, or from a prefill here that is not done;
+    POPULATING: some of it comes from a lower tier; HELD: prefilled here, for a decode task here or elsewhere.
 
     SPECULATE: it decodes by verifying guesses, outside the decode clock. LAST: it decodes in a plan in flight for the
     last time that the client's limit allows.

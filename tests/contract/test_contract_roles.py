@@ -12,10 +12,12 @@ from cluster.job_executor import JobExecutor
 from cluster.manager import ClusterManager, GroupPlan
 from cluster.policy import GroupLoad, RoleSwitch, ScalingPolicy
 from cluster.recorder import Recorder
-from cluster.request import Answer, Request
+from cluster.request import Answer, KvSource, Request
 from cluster.seam import Cluster
 from cluster.streams import stream
 from cluster.vocabulary import ExecutorState, FailureReason, Outcome, Role, TaskKind
+from flowserve.core.config import EngineConfig
+from flowserve.core.transfer import KvTransfer
 from policies.dispatch.least_outstanding import LeastOutstanding
 from tests.builders import MODEL, make_arrival, make_spec
 from tests.contract.backends import Driver
@@ -31,8 +33,12 @@ def open_shared(driver: Driver, request_id: int, output: int = 5) -> Request:
     return request
 
 
-def test_an_executor_that_changed_sides_decodes_what_it_holds(driver: Driver) -> None:
-    """It fetches from itself, as from any other."""
+@pytest.mark.parametrize("kv_transfer", ["by_request", "by_chunk"])
+def test_an_executor_that_changed_sides_decodes_what_it_holds(
+    make_driver: Callable[..., Driver], kv_transfer: KvTransfer
+) -> None:
+    """In the blocks where it is: for a copy there would be no room."""
+    driver = make_driver(engine=EngineConfig(kv_blocks=7, kv_transfer=kv_transfer))
     driver.launch("te-0", Role.PREFILL)
     request = driver.open(0, prompt=100, output=5)
     held = driver.prefill("te-0", request, 0)
@@ -40,7 +46,23 @@ def test_an_executor_that_changed_sides_decodes_what_it_holds(driver: Driver) ->
     driver.wait(ev.RoleSwitched)
     driver.dispatch("te-0", request, 1, TaskKind.DECODE, generated=1, kv=held)
     assert driver.wait(ev.TaskFinished, task_id=1).generated == 5
-    driver.wait(ev.LoadReport, to="cm", free_blocks=2000, generated_tokens=5)
+    driver.wait(ev.LoadReport, to="cm", free_blocks=7, generated_tokens=5)
+
+
+def test_a_decode_task_is_placed_ahead_where_its_prefill_runs(make_driver: Callable[..., Driver]) -> None:
+    """The executor changes sides in the middle of a long prompt; the first token is known to it alone."""
+    driver = make_driver(engine=EngineConfig(kv_blocks=40, token_budget=16, max_sequences=4, kv_transfer="by_chunk"))
+    driver.launch("te-0", Role.PREFILL)
+    request = driver.open(0, prompt=600, output=5)
+    driver.dispatch("te-0", request, 0, TaskKind.PREFILL)
+    begun = driver.wait(ev.PrefillStarted)
+    driver.submit(SwitchRole("te-0", Role.DECODE))
+    driver.wait(ev.RoleSwitched)
+    driver.dispatch("te-0", request, 1, TaskKind.DECODE, generated=1, kv=KvSource("te-0", 0, begun.kv_runs))
+    assert not driver.wait(ev.TaskFinished, task_id=0).stopped
+    finished = driver.wait(ev.TaskFinished, task_id=1)
+    assert (finished.generated, finished.tokens) == (5, 4)
+    driver.wait(ev.LoadReport, to="cm", free_blocks=40, generated_tokens=5)
 
 
 @pytest.mark.parametrize("role", [Role.DECODE, Role.COLOCATED])

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from cluster import identity
+from cluster.engine_policy import PolicySpec
 from cluster.vocabulary import FailureReason, Role, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.plan import Plan, StepResult
@@ -327,6 +328,77 @@ def test_the_head_of_the_queue_is_never_overtaken() -> None:
     assert chunks(core.schedule()) == [(0, 0, 60, True)]
     assert core.num_waiting == 2
     assert core.waiting_tokens == 65
+
+
+def waiting_behind_what_is_held(order: PolicySpec | None = None) -> EngineCore:
+    """Of six blocks three are held. A prompt of four waits for them, and behind it two decode tasks of two each."""
+    core = EngineCore(EngineConfig(6, 16, 64, 4, watermark=0.0, order=order))
+    add(core, 9, 40, kind=TaskKind.PREFILL)
+    step(core)
+    add(core, 10, 60)
+    add(core, 2, 17, limit=9, kind=TaskKind.DECODE, generated=1)
+    add(core, 1, 17, limit=9, kind=TaskKind.DECODE, generated=1)
+    return core
+
+
+@pytest.mark.parametrize("order", [None, PolicySpec("policies.engine.order.fair.Fair")])
+def test_decode_tasks_go_ahead_of_what_waits_for_held_blocks(order: PolicySpec | None) -> None:
+    """First that of the oldest request, as far as there is room; then the prompt, as soon as nothing is held."""
+    core = waiting_behind_what_is_held(order)
+    assert core.schedule() is None
+    assert [(fetch.sequence.task_id, fetch.tokens) for fetch in core.fetches] == [(1, 17)]
+    assert (core.num_waiting, core.waiting_tokens) == (2, 78)
+    core.fetched(1, True)
+    while core.sequence(1) is not None:
+        assert [sequence.task_id for sequence in step_plan(core).decodes] == [1]
+    assert core.schedule() is None
+    assert core.fetches[-1].sequence.task_id == 2
+    core.fetched(2, False)
+    core.release_held(9)
+    assert chunks(core.schedule())[0][0] == 10
+    core.check_integrity()
+
+
+def step_plan(core: EngineCore) -> Plan:
+    """One step; its plan."""
+    plan = core.schedule()
+    assert plan is not None
+    core.complete(plan, ())
+    return plan
+
+
+def test_without_held_blocks_decode_tasks_wait_their_turn() -> None:
+    """What computes here ends without anybody else, so the head is not overtaken."""
+    core = engine(kv_blocks=6)
+    add(core, 0, 40)
+    add(core, 10, 60)
+    add(core, 1, 17, kind=TaskKind.DECODE, generated=1)
+    core.schedule()
+    assert not core.fetches
+    assert core.num_waiting == 2
+
+
+def test_who_went_ahead_and_is_preempted_has_its_place_in_the_queue() -> None:
+    """The queue has it still, so it is not pushed again, and runs once."""
+    core = EngineCore(EngineConfig(6, 16, 64, 4, watermark=0.0, prefix_cache=False))
+    add(core, 9, 40, kind=TaskKind.PREFILL)
+    step(core)
+    add(core, 10, 60, limit=2)
+    for task_id in (1, 2):
+        add(core, task_id, 10, limit=30, kind=TaskKind.DECODE, generated=1)
+    core.schedule()
+    core.fetched(1, True)
+    core.fetched(2, True)
+    while not core.preemptions:
+        step(core)
+    assert get(core, 2).status is Status.WAITING
+    core.release_held(9)
+    finished: list[int] = []
+    while not core.idle:
+        finished += [sequence.task_id for sequence, _ in step(core).finished]
+        core.check_integrity()
+    assert sorted(finished) == [1, 2, 10]
+    assert core.rtc.available == 6
 
 
 def test_no_steps_are_skipped_while_blocks_return() -> None:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from msgspec.structs import replace
 
 from cluster import identity
-from cluster.request import Task
+from cluster.request import KvSource, Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
 from experiments import compiled
 from flowserve.core.config import EngineConfig
@@ -125,6 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.next_position: dict[int, int | None] = {}
         self.preempted: dict[int, int] = {}
         self.fetches: dict[int, Fetch] = {}
+        self.prefill_of: dict[int, int] = {}
         self.kv: dict[tuple[int, int], Any] = {}
         self.written: dict[int, set[int]] = {}
         self.plans = 0
@@ -138,7 +139,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def content(self, sequence: Sequence, position: int) -> Any:
         ids, block = self.ids[sequence.task_id], position // BLOCK_TOKENS
-        return (ids[block] if block < len(ids) else ("own", sequence.task_id, block), position % BLOCK_TOKENS)
+        owner = self.prefill_of.get(sequence.task_id, sequence.task_id)
+        return (ids[block] if block < len(ids) else ("own", owner, block), position % BLOCK_TOKENS)
 
     def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
         return sequence.blocks[position // self.config.block_tokens], position % self.config.block_tokens
@@ -169,7 +171,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     def needs(self, task_id: int, generated: int) -> int:
         """Positions that the next token needs: its own, too, unless it is the last that this engine samples."""
-        task = self.tasks[task_id]
+        return self.needs_of(self.tasks[task_id], generated)
+
+    def needs_of(self, task: Task, generated: int) -> int:
         last = task.kind is TaskKind.PREFILL or task.request.max_tokens - generated <= 1
         return task.request.prompt_tokens + generated + (0 if last else 1)
 
@@ -182,16 +186,25 @@ class EngineMachine(RuleBasedStateMachine):
         path=st.none() | st.lists(st.integers(0, 1), min_size=8, max_size=10),
         kind=st.sampled_from(KINDS),
         context=st.sampled_from([None, None, None, "a", "b"]),
+        old=st.booleans(),
     )
     def add(
-        self, prompt: int, limit: int, earlier: int, path: list[int] | None, kind: TaskKind, context: str | None
+        self,
+        prompt: int,
+        limit: int,
+        earlier: int,
+        path: list[int] | None,
+        kind: TaskKind,
+        context: str | None,
+        old: bool,
     ) -> None:
         """A new task: fresh, a retry with earlier tokens, or a decode task whose first token came from elsewhere."""
         task_id = len(self.tasks)
         generated = max(1, earlier) if kind is TaskKind.DECODE else earlier
         source = "elsewhere" if kind is TaskKind.DECODE else None
         task = make_task(task_id, prompt, generated + limit, kind, generated, source=source)
-        task = replace(task, request=replace(task.request, context_id=context))
+        age = task_id if old else 1000 - task_id
+        task = replace(task, request=replace(task.request, context_id=context, request_id=age))
         known = None if path is None else chain(*path)
         ids = identity.of_context(task_id, task.request.max_tokens, known)
         refusal = self.core.add(task, ids)
@@ -200,6 +213,33 @@ class EngineMachine(RuleBasedStateMachine):
         self.state[task_id] = "live" if refusal is None else "refused"
         self.ids[task_id], self.tokens[task_id] = ids, generated
         self.next_position[task_id], self.preempted[task_id] = None, 0
+
+    @precondition(lambda self: self.followable())
+    @rule(which=st.integers(0, 99))
+    def decode_in_place(self, which: int) -> None:
+        """A decode task of a prefill that is held here, or will be."""
+        prefills, task_id = self.followable(), len(self.tasks)
+        prefill = prefills[which % len(prefills)]
+        generated = self.tokens[prefill] + (self.state[prefill] == "live")
+        task = Task(task_id, self.tasks[prefill].request, TaskKind.DECODE, generated, KvSource("here", prefill))
+        if self.core.add(task, self.ids[prefill], in_place=True) is not None:
+            assert self.needs_of(task, generated) > self.room
+            return
+        self.tasks[task_id], self.state[task_id] = task, "live"
+        self.ids[task_id], self.tokens[task_id] = self.ids[prefill], generated
+        self.next_position[task_id], self.preempted[task_id] = None, 0
+        self.prefill_of[task_id] = prefill
+
+    def followable(self) -> list[int]:
+        """Prefills that are here, and that nobody waits for yet."""
+        taken = set(self.prefill_of.values())
+        here = [task_id for task_id, state in self.state.items() if state in ("live", "held") and task_id not in taken]
+        return [n for n in here if self.tasks[n].kind is TaskKind.PREFILL and self.allows_more(n)]
+
+    def allows_more(self, prefill: int) -> bool:
+        """Whether there is anything to decode behind it."""
+        more = self.tasks[prefill].request.max_tokens - self.tokens[prefill]
+        return more > (self.state[prefill] == "live")
 
     @precondition(lambda self: self.tasks)
     @rule(which=st.integers(0, 99))
@@ -216,6 +256,8 @@ class EngineMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         """The next step is decided, within every limit."""
         full = len(self.core.in_flight) == self.config.max_in_flight
+        self.core.admit_in_place()
+        assert not self.core.in_place or self.core.num_running == self.config.max_sequences
         plan = self.core.schedule()
         for sequence, reason in self.core.failed:
             assert reason is FailureReason.TOO_LONG
@@ -223,10 +265,15 @@ class EngineMachine(RuleBasedStateMachine):
             assert sequence.generated == self.tokens[sequence.task_id]
             self.ends(sequence.task_id, "failed")
         self.core.failed.clear()
+        self.give_way()
         for fetch in self.core.fetches:
             assert fetch.tokens == fetch.sequence.task.context_tokens - 1
-            assert fetch.skip <= fetch.tokens
-            self.context_is_there(fetch.sequence, fetch.skip)
+            if fetch.sequence.task_id in self.prefill_of:
+                assert fetch.skip >= fetch.tokens, "it is copied to where it is"
+                assert not fetch.sequence.blocks
+            else:
+                assert fetch.skip <= fetch.tokens
+                self.context_is_there(fetch.sequence, fetch.skip)
             self.fetches[fetch.sequence.task_id] = fetch
         self.core.fetches.clear()
         self.moves |= {move.ticket: move for move in self.core.rtc.moves}
@@ -273,6 +320,16 @@ class EngineMachine(RuleBasedStateMachine):
         draft = sum(verify.draft for verify in plan.verifies)
         sequences = len(plan.decodes) + len(plan.verifies)
         assert plan.shape == (prefill, attention, len(plan.chunks), sequences, context, draft)
+
+    def give_way(self) -> None:
+        """What was held for younger requests may be dropped for a decode task, the first of an idle engine."""
+        held = {task_id for task_id, state in self.state.items() if state == "held"}
+        for task_id in held - set(self.core.held):
+            taker = next(iter(self.core._running.values()))
+            assert self.core.fetches[0].sequence is taker
+            oldest = min(self.tasks[each].request.request_id for each in held)
+            assert taker.task.request.request_id <= oldest
+            self.ends(task_id, "gave way")
 
     def guess(self, verify: Verify) -> None:
         """Behind the last known token, guesses are computed; whether they are right is seen later."""
@@ -348,6 +405,9 @@ class EngineMachine(RuleBasedStateMachine):
         """A transfer ends, well or not, perhaps after its task was aborted."""
         task_id = list(self.fetches)[which % len(self.fetches)]
         sequence, skip, tokens = self.fetches.pop(task_id)
+        prefill = self.prefill_of.get(task_id)
+        if prefill is not None:
+            success = success and self.state[prefill] == "held"
         if success:  # also of an aborted task: the transfer wrote into its blocks all the same
             for position in range(skip, tokens):
                 self.kv[self.place(sequence, position)] = self.content(sequence, position)
@@ -357,6 +417,9 @@ class EngineMachine(RuleBasedStateMachine):
         elif success:
             assert lost is None
             self.next_position[task_id] = tokens
+            if prefill is not None:
+                self.ends(prefill, "taken over")
+                self.context_is_there(sequence, tokens)
         else:
             assert lost is sequence
             self.ends(task_id, "lost")

@@ -7,10 +7,11 @@ import msgspec
 import pytest
 
 from cluster import events as ev
-from cluster.actions import LaunchExecutor
+from cluster.actions import LaunchExecutor, SubmitRequest, SwitchRole
 from cluster.manager import GroupPlan
 from cluster.metrics import Slo, summarise
-from cluster.request import Answer, Arrival, Request, Trigger
+from cluster.request import Answer, Arrival, KvSource, Request, Trigger
+from cluster.vocabulary import Role, TaskKind
 from flowserve.core.config import EngineConfig
 from flowserve.core.record import read_turns
 from flowserve.core.transfer import KvTransfer
@@ -122,6 +123,46 @@ def test_disaggregated_engines_give_the_same_tokens(
         needed = -(-prompts[event.request_id] // 16) - event.cached_tokens // 16
         assert len(moved.get(task_id, [])) == needed
     assert any(event.cached_tokens for event in decoded.values())
+    assert shared_memory() == set()
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "kv_transfer"), [(1, "by_request"), (2, "by_request"), (1, "by_chunk"), (2, "by_chunk")]
+)
+def test_an_engine_that_changed_sides_gives_the_same_tokens(
+    colocated: RealRun, model: Path, tmp_path: Path, in_flight: int, kv_transfer: KvTransfer
+) -> None:
+    """It decodes in the blocks of its own prefills, which may be under way, and copies nothing from itself."""
+    engine = msgspec.structs.replace(ENGINE, max_in_flight=in_flight, kv_transfer=kv_transfer)
+    ready = ev.TaskFinished if kv_transfer == "by_request" else ev.PrefillStarted
+    requests = [(arrival.request, arrival.answer) for arrival in workload()[:FIRST]]
+    with RealCluster(
+        ACTORS,
+        lambda spec: Engine(engine, TorchDevice(str(model))),
+        lambda model: SHAPE.vocab_size,
+        log_dir=tmp_path,
+        record=True,
+    ) as cluster:
+        driver = Driver(cluster)
+        driver.launch("te-0", Role.PREFILL)
+        for request, answer in requests:
+            driver.submit(SubmitRequest("je", request, answer))
+            driver.wait(ev.RequestArrived, to="je", request=request)
+            driver.dispatch("te-0", request, request.request_id, TaskKind.PREFILL)
+        driver.submit(SwitchRole("te-0", Role.DECODE))
+        for request, _ in requests:
+            number = request.request_id
+            driver.wait(ready, task_id=number)
+            driver.dispatch("te-0", request, 100 + number, TaskKind.DECODE, 1, KvSource("te-0", number))
+        for request, answer in requests:
+            finished = driver.wait(ev.TaskFinished, task_id=100 + request.request_id)
+            assert finished.generated == answer.output_tokens
+        outputs = cluster.outputs()
+    assert outputs == {number: colocated.outputs[number] for number in range(FIRST)}
+    turns = list(read_turns(tmp_path / "te-0.turns.jsonl"))
+    assert not any(turn.transfers for turn in turns)
+    prompts = sum(request.prompt_tokens for request, _ in requests)
+    assert sum(tokens for turn in turns for plan in turn.plans for _, _, tokens in plan.chunks) <= prompts
     assert shared_memory() == set()
 
 

@@ -1,6 +1,5 @@
 """Decode steps taken at once give, to the nanosecond, the run of single steps; and no run breaks the contract."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from cluster import events as ev
 from cluster.actions import Action
 from cluster.engine_policy import PolicySpec
 from cluster.manager import GroupPlan
-from cluster.policy import DispatchPolicy, GroupLoad, RoleSwitch, ScalingPolicy
+from cluster.policy import DispatchPolicy, ScalingPolicy
 from cluster.request import Answer, Arrival, Trigger
 from cluster.vocabulary import NS_PER_S, Outcome, Role, Stage
 from flowserve.core.config import EngineConfig
@@ -33,6 +32,8 @@ from sim.topology import Hosts, HostShape, Wire
 from tests.builders import (
     MODEL,
     NPU,
+    AtItsHolder,
+    BackAndForth,
     Run,
     chain,
     disaggregated,
@@ -49,23 +50,6 @@ def deepflow() -> DispatchPolicy:
 
 def scaling() -> ScalingPolicy:
     return TargetUtilisation(target=0.5, period_s=0.03, down_delay_s=0.06)
-
-
-class BackAndForth(ScalingPolicy):
-    """Moves an executor from prefill to decode, then from decode to prefill, and so on."""
-
-    period_s = 0.04
-
-    def __init__(self) -> None:
-        self._turn = 0
-
-    def desired(self, load: GroupLoad, now_ns: int) -> int:
-        return load.ready + load.pending
-
-    def switches(self, loads: Sequence[GroupLoad], now_ns: int) -> Sequence[RoleSwitch]:
-        self._turn += 1
-        sides = (Role.PREFILL, Role.DECODE)
-        return [RoleSwitch(MODEL, sides[self._turn % 2 - 1], sides[self._turn % 2])]
 
 
 ORDERS = (
@@ -186,7 +170,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         "scaling": scales,
         "stages": [(Stage.TE_LOAD, draw(st.sampled_from([0, 10_000_000, 123_456_789])))],
         "engine": EngineConfig(
-            kv_blocks=draw(st.integers(5, 16)),
+            kv_blocks=draw(st.integers(3, 16)),
             block_tokens=draw(st.sampled_from([16, 16, 32])),
             token_budget=sequences * (1 + guesses) + draw(st.integers(0, 60)),
             max_sequences=sequences,
@@ -210,7 +194,7 @@ def clusters(draw: st.DrawFn) -> dict[str, Any]:
         "contention": draw(st.sampled_from([Contention(), Contention(), Contention(0.3, 0.1, 0.0, 0.2)])),
         "latency": draw(st.sampled_from(LATENCIES)),
         "host_step_s": draw(st.sampled_from([0.0, 0.0, 0.0007, 0.02])),
-        "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, deepflow])),
+        "policy": draw(st.sampled_from([LeastOutstanding, RoundRobin, AtItsHolder, deepflow])),
         "report_period_s": draw(st.sampled_from([0.02, 0.1, 1.0])),
         "delays": draw(st.builds(Delays, delayed, delayed, st.sampled_from([0.0, 0.0001, 0.01]), delayed)),
         "num_job_executors": draw(st.integers(1, 2)),
