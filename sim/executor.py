@@ -209,7 +209,7 @@ class SimExecutor:
         if steps and not plan.chunks:
             self._ends = []
             self._untimed += 1
-            self._extend(plan, now + reshape, ahead)
+            self._extend(plan, now, ahead, reshape)
         else:
             took = self._latency.step_ns(plan.shape) + reshape
             took = max(took, self._host) if ahead else took + self._host + self._latency.fill_ns(plan.shape)
@@ -232,8 +232,10 @@ class SimExecutor:
                     return 0
         return self._core.steady_steps(most)
 
-    def _extend(self, plan: Plan, end: int, ahead: bool) -> None:
-        """Time the next steps of the segment, which ends at `end` by now, or fewer where a load report is due."""
+    def _extend(self, plan: Plan, end: int, ahead: bool, reshape: int = 0) -> None:
+        """Time the next steps of the segment, which ends at `end` by now, or fewer where a load report is due.
+        `reshape`: by how much the first of them takes longer.
+        """
         ends, host, latency = self._ends, self._host, self._latency
         done = len(ends)
         count = min(self._untimed, max(FEWEST_TIMED, done))
@@ -246,6 +248,7 @@ class SimExecutor:
                 took[-1] += self._reshape
         else:
             took = latency.decode_ns(batch, context + batch * done, count)
+            took[0] += reshape
         if host or latency.stages > 1:
             hidden = len(self._core.in_flight) > 1
             for place, each in enumerate(took):

@@ -449,6 +449,38 @@ def test_many_steps_at_once_equal_single_steps(depth: int, block: int) -> None:
     core.check_integrity()
 
 
+@pytest.mark.parametrize(("limit", "others", "steps"), [(5, 0, 9), (1, 0, 9), (5, 1, 8)])
+def test_the_last_of_many_steps_ends_the_prompt(limit: int, others: int, steps: int) -> None:
+    """Unless somebody waits for what the end of the prompt leaves of the budget."""
+    core = EngineCore(EngineConfig(50, 16, 10, 4))
+    for task_id in range(1 + others):
+        add(core, task_id, 95, limit)
+    core.schedule()
+    assert core.steady_steps(1000) == steps
+    core.advance(steps)
+    (plan,) = core.in_flight
+    assert plan.number == 1 + steps
+    assert plan.shape.prefill_attention == sum(range(10 * steps + 1, min(95, 10 * steps + 10) + 1))
+    assert chunks(plan) == [(0, 10 * steps, min(10, 95 - 10 * steps), not others)]
+    assert [sequence.task_id for sequence in plan.last] == ([0] if limit == 1 else [])
+    assert core.steady_steps(1000) == 0
+    core.check_integrity()
+
+
+def test_the_last_of_many_steps_reaches_the_limit_of_a_sequence() -> None:
+    core = engine()
+    add(core, 0, 16, limit=5)
+    add(core, 1, 16, limit=9)
+    step(core)
+    core.schedule()
+    assert core.steady_steps(1000) == 3
+    core.advance(3)
+    (plan,) = core.in_flight
+    assert [sequence.task_id for sequence in plan.last] == [0]
+    assert [sequence.task_id for sequence, _ in core.complete(plan, ()).finished] == [0]
+    core.check_integrity()
+
+
 # -- speculation ----------------------------------------------------------------------------------------------------
 
 

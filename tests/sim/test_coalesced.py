@@ -263,6 +263,18 @@ def test_coalesced_runs_equal_stepped_runs(workload: list[Arrival], arguments: d
     assert outcome_of(coalesced) == outcome_of(stepped)
 
 
+def test_a_first_step_of_new_rows_is_hidden_by_the_host_as_much() -> None:
+    """Two plans in flight and a slow host: what a new number of rows costs is the device's, in a segment, too."""
+    workload = [make_arrival(0), Arrival(make_request(1, 2, 23), Answer(3)), make_arrival(2)]
+    arguments: dict[str, Any] = {
+        "engine": EngineConfig(kv_blocks=1000, token_budget=2, max_sequences=1, max_in_flight=2),
+        "latency": LATENCIES[-1],
+        "host_step_s": 0.02,
+    }
+    coalesced, stepped = (run_sim(workload, coalesce=coalesce, **arguments) for coalesce in (True, False))
+    assert outcome_of(coalesced) == outcome_of(stepped)
+
+
 def test_steps_that_end_together_do_so_in_the_order_of_executors() -> None:
     """Two answers end in the same nanosecond: first that of the first executor, whenever which segment was begun."""
     # The second executor begins first, and begins another segment after its load report at 1 s; the first does not.
