@@ -84,7 +84,6 @@ class EngineCore:
         self.preemptions = 0
         self.waiting_tokens = 0
         self._sequences: dict[int, Sequence] = {}
-        self._ids: dict[int, BlockIds] = {}
         self._num_waiting = 0
         self._running: dict[int, Sequence] = {}
         self._populating: dict[Transit, Sequence] = {}
@@ -117,11 +116,10 @@ class EngineCore:
         """
         if self._outgrows(task, task.generated):
             return FailureReason.TOO_LONG
-        sequence = Sequence(task, self._arrivals, self.clock)
-        self._arrivals += 1
-        self._sequences[task.task_id] = sequence
         stride = self._size // BLOCK_TOKENS
-        self._ids[task.task_id] = ids if stride == 1 else ids[stride - 1 :: stride]
+        own_ids = ids if stride == 1 else ids[stride - 1 :: stride]
+        sequence = self._sequences[task.task_id] = Sequence(task, own_ids, self._arrivals, self.clock)
+        self._arrivals += 1
         if in_place:
             self._num_waiting += 1
             self.waiting_tokens += sequence.target
@@ -199,7 +197,7 @@ class EngineCore:
             return False
         sequence.blocks, sequence.duplicates = held.blocks, held.duplicates
         sequence.node, sequence.tree_blocks = held.node, held.tree_blocks
-        self._ids[sequence.task_id] = self._ids[held.task_id]  # the very ones that the tree has
+        sequence.ids = held.ids  # the very ones that the tree has
         self._forget(held)
         return True
 
@@ -514,7 +512,7 @@ class EngineCore:
         """Take it into the batch if the blocks for its whole context are there. `ahead`: of the head of the queue."""
         fetching = sequence.task.kv is not None and not sequence.preemptions
         target = sequence.target - 1 if fetching else sequence.target
-        ids, limit = self._ids[sequence.task_id], (target if fetching else target - 1) // self._size
+        ids, limit = sequence.ids, (target if fetching else target - 1) // self._size
         match = self._match(sequence, ids, min(limit, len(ids)))
         node, cached = match.node, match.blocks
         need = self._blocks_for(target) - len(cached)
@@ -610,7 +608,7 @@ class EngineCore:
         context = sequence.task.request.context
         if context is None or not sequence.tree_blocks or sequence.node is None:
             return
-        ids = self._ids[sequence.task_id][: sequence.tree_blocks]
+        ids = sequence.ids[: sequence.tree_blocks]
         kept = self.rtc.kept(context)
         if not kept or len(kept) > len(ids) or kept[-1] != ids[len(kept) - 1]:
             self.rtc.keep(context, sequence.node, ids)
@@ -801,7 +799,7 @@ class EngineCore:
         room = self.rtc.alloc_blocks(min(others, self.rtc.available))
         assert room is not None
         self.rtc.free(room)
-        left = self.rtc.match_by_prefix_token(self._ids[sequence.task_id], cached)
+        left = self.rtc.match_by_prefix_token(sequence.ids, cached)
         self.rtc.unlock(left.node)
         self.rtc.copy(left.node)
 
@@ -832,7 +830,7 @@ class EngineCore:
 
     def _cache(self, sequence: Sequence, valid_tokens: int) -> None:
         """Put the full blocks of the first `valid_tokens` positions into the tree, for others to find."""
-        ids = self._ids[sequence.task_id]
+        ids = sequence.ids
         full = min(valid_tokens // self._size, len(ids))
         if full > sequence.tree_blocks and (self.config.prefix_cache or sequence.task.request.context_id is not None):
             assert sequence.node is not None
@@ -849,7 +847,6 @@ class EngineCore:
     def _forget(self, sequence: Sequence) -> None:
         sequence.status = ENDED
         del self._sequences[sequence.task_id]
-        del self._ids[sequence.task_id]
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = WAITING

@@ -3,6 +3,7 @@
 from enum import Enum, auto
 from typing import Final
 
+from cluster.identity import BlockIds
 from cluster.request import Task
 from flowserve.core.rtc import Node
 
@@ -54,6 +55,7 @@ ENDED: Final = Status.ENDED
 class Sequence:
     """Few true numbers; the rest is derived.
 
+    `ids`: identities of the blocks of its context, the answer's among them.
     `target`: tokens whose KV cache must be there before the next token is sampled.
     `computed`: positions whose KV cache is computed or being computed by an issued plan (while not decoding).
     `sampled`: tokens of the request so far, sampled by completed plans (while not decoding).
@@ -75,6 +77,7 @@ class Sequence:
         "drafted",
         "duplicates",
         "fetched_tokens",
+        "ids",
         "joined",
         "limit",
         "may_fetch",
@@ -91,8 +94,9 @@ class Sequence:
         "tree_blocks",
     )
 
-    def __init__(self, task: Task, arrival: int, clock: DecodeClock) -> None:
+    def __init__(self, task: Task, ids: BlockIds, arrival: int, clock: DecodeClock) -> None:
         self.task = task
+        self.ids = ids
         self.task_id = task.task_id
         self.arrival = arrival
         self.clock = clock
