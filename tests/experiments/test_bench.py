@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from experiments.bench import cuda, host, versions
+from experiments.bench import cuda, host, sim, versions
 from experiments.bench.harness import machine, registry, table, workload
 from experiments.bench.harness.result import Result, Row, load, median_row, save
 from experiments.cli import main
@@ -44,6 +44,8 @@ def test_benchmarks_are_the_files_of_their_folder() -> None:
 def test_options_are_typed() -> None:
     """Values are converted; what a benchmark does not take is named."""
     assert registry.parse(host, ["sequences=8", "repeats=1"]) == host.Options(sequences=8, repeats=1)
+    for word, dynamo in (("yes", True), ("true", True), ("no", False), ("False", False)):
+        assert registry.parse(sim, [f"dynamo={word}", "blis=null"]) == sim.Options(dynamo=dynamo)
     with pytest.raises(ValueError, match=r"argument 'size=3': host takes threads=, repeats=, sequences="):
         registry.parse(host, ["size=3"])
     with pytest.raises(ValueError, match=r"Expected `int`"):

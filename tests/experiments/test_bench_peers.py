@@ -62,11 +62,16 @@ class TraceSimulator(Simulator):
     def run(self): super().run()
 """,
     "configs/config.yaml": """
-defaults: [{cluster: dgx-h100}, {start_state: baseline}, {performance_model: constant}, _self_]
+defaults:
+  - cluster: dgx-h100
+  - start_state: baseline
+  - performance_model: constant
+  - override hydra/launcher: ray
+  - _self_
 applications: [{model_architecture: bloom-176b, model_size: bloom-176b-fp16, scheduler: round_robin}]
 trace: {path: none}
 output_dir: none
-hydra: {run: {dir: "${output_dir}"}, job: {chdir: true}}
+hydra: {run: {dir: "${output_dir}"}, job: {chdir: true}, launcher: {ray: {init: {address: "10.0.0.9:6379"}}}}
 """,
     "configs/cluster/dgx-h100.yaml": "servers: [{sku: dgx-a100, count: 0}, {sku: dgx-h100, count: 40}]",
     "configs/start_state/baseline.yaml": "state_type: baseline",
@@ -96,8 +101,6 @@ if __name__ == "__main__":
 }
 
 DISTSERVE = {
-    "simdistserve/__init__.py": "",
-    "simdistserve/benchmarks/__init__.py": "",
     "simdistserve/benchmarks/simulate_dist.py": """
 import argparse, json
 import simpy
@@ -216,3 +219,18 @@ def test_errors_of_peers(checkout: Checkout, tmp_path: Path, capsys: pytest.Capt
     assert peer.rate is not None
     with pytest.raises(PeerError, match="/no/python cannot be run: No such file or directory"):
         peer.rate(20, colocated(1))
+
+
+def test_what_a_peer_on_hydra_said(checkout: Checkout) -> None:
+    """Hydra's advice at the end is left out: the row tells the error, and of a config what is wrong with it."""
+    place = checkout("splitwise")
+    peer = checkouts.peer("splitwise", place)
+    assert peer.rate is not None
+    folder = Path(place.partition(":")[0])
+    run = folder / "run.py"
+    run.write_text(run.read_text().replace("    rows =", "    raise RuntimeError('out of memory')\n    rows ="))
+    with pytest.raises(PeerError, match=r"it failed with 1: RuntimeError: out of memory$"):
+        peer.rate(20, CASES["w1"])
+    (folder / "configs" / "cluster" / "dgx-h100.yaml").unlink()
+    with pytest.raises(PeerError, match=r"it failed with 1: .*ould not find 'cluster/dgx-h100'"):
+        peer.rate(20, CASES["w1"])

@@ -2,8 +2,9 @@
 
 Who has a checkout gives its path, as in `deepflow bench sim vidur=CHECKOUT[:PYTHON]`; without PYTHON that is the
 checkout's .venv/bin/python, else python3. Each simulates a server of its own, with the limits of ours where it has
-them. Command lines and formats are those of the versions named here, read in their public sources: nobody has run these
-four yet, tests have small programs in their place.
+them. Command lines and formats are those of the versions named here. DistServe's simulator and splitwise-sim have been
+run: each finished all of our requests, with their arrivals and lengths. For BLIS and Vidur only the public sources were
+read, nobody has run these two yet. Tests have small programs in place of all four.
 """
 
 import csv
@@ -71,7 +72,12 @@ def splitwise(requests: int, case: Case, folder: Path) -> Start:
     model = ["applications.0.model_architecture=llama2-70b", "applications.0.model_size=llama2-70b-fp16"]
     servers = ["cluster=dgx-h100", "cluster.servers.0.count=0", f"cluster.servers.1.count={case.executors}"]
     files = [f"trace.path={trace}", f"output_dir={folder}", "performance_model=db"]
-    return Start("simulator:Simulator.run", ["run.py", *model, *servers, *placing, *files])
+    # Its config asks for Hydra's launcher for Ray, which a single run does not use: an empty one saves installing Ray.
+    launcher = folder / "hydra" / "launcher" / "ray.yaml"
+    launcher.parent.mkdir(parents=True)
+    launcher.touch()
+    given = ["--config-dir", str(folder), *model, *servers, *placing, *files]
+    return Start("simulator:Simulator.run", ["run.py", *given])
 
 
 def distserve(requests: int, case: Case, folder: Path) -> Start:

@@ -31,6 +31,10 @@ def about(module: ModuleType) -> str:
     return (module.__doc__ or "").split("\n", 1)[0]
 
 
+# As in the overrides that other commands take from Hydra.
+WORDS = {"null": None, "yes": "true", "no": "false"}
+
+
 def parse(module: ModuleType, arguments: list[str]) -> Any:
     """The benchmark's `Options` from `KEY=VALUE` arguments. Raises ValueError for what it does not take."""
     kind: type[Options] = module.Options
@@ -40,7 +44,7 @@ def parse(module: ModuleType, arguments: list[str]) -> Any:
         if not equals or key not in kind.__struct_fields__:
             allowed = ", ".join(f"{field}=" for field in kind.__struct_fields__)
             raise ValueError(f"argument {argument!r}: {module.__name__.rpartition('.')[2]} takes {allowed}")
-        values[key] = None if value == "null" else value
+        values[key] = WORDS.get(value, value)
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:

@@ -28,8 +28,11 @@ class Peer(NamedTuple):
         return (self.disaggregated or len(case.groups) == 1) and (self.prefixes or not case.shared)
 
 
+HYDRA_ADVICE = "Set the environment variable HYDRA_FULL_ERROR"
+
+
 class PeerError(Exception):
-    """A peer could not simulate the requests; the message is its own last line."""
+    """A peer could not simulate the requests; the message is its own."""
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -44,6 +47,14 @@ def run(command: list[str], folder: Path) -> str:
     except subprocess.TimeoutExpired:
         raise PeerError(f"it was not done after {LIMIT_S} s") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise PeerError(f"it failed with {done.returncode}: {said[-1][:200] if said else 'it did not say why'}")
+        said = _last_words(done.stderr) or _last_words(done.stdout) or "it did not say why"
+        raise PeerError(f"it failed with {done.returncode}: {said[:200]}")
     return done.stdout
+
+
+def _last_words(said: str) -> str:
+    """The last line. Hydra ends with advice instead, and begins with what is wrong where that is the config."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    if not lines or not lines[-1].startswith(HYDRA_ADVICE):
+        return lines[-1] if lines else ""
+    return lines[-2] if any(line.startswith("Traceback") for line in lines) else " ".join(lines[:2])
