@@ -16,6 +16,10 @@ from experiments import bench
 from experiments.bench.harness.result import Options
 
 
+WORDS = {"null": None, "yes": "true", "no": "false"}
+"""As in the overrides that other commands take from Hydra."""
+
+
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if not module.ispkg)
 
@@ -29,10 +33,6 @@ def find(name: str) -> ModuleType:
 
 def about(module: ModuleType) -> str:
     return (module.__doc__ or "").split("\n", 1)[0]
-
-
-# As in the overrides that other commands take from Hydra.
-WORDS = {"null": None, "yes": "true", "no": "false"}
 
 
 def parse(module: ModuleType, arguments: list[str]) -> Any:
