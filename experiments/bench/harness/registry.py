@@ -15,7 +15,6 @@ import msgspec
 from experiments import bench
 from experiments.bench.harness.result import Options
 
-
 WORDS = {"null": None, "yes": "true", "no": "false"}
 """As in the overrides that other commands take from Hydra."""
 
