@@ -316,7 +316,8 @@ class SimExecutor:
     # -- the sampler's side ---------------------------------------------------------------------------------------
 
     def _find_stops(self, plan: Plan) -> None:
-        """At which value of the decode clock each sequence that is new in the batch samples its last token.
+        """At which value of the decode clock each sequence that is new in the batch samples its last token, if that is
+        not the last that its client allows.
 
         A batch is in order of joining, so the new ones are at its end.
         """
@@ -325,9 +326,10 @@ class SimExecutor:
             if sequence.joined < self._launched_clock:
                 break
             if sequence.status is DECODE or sequence.status is LAST:
-                task = sequence.task
-                left = self._answers[task.request.request_id].output_tokens - sequence.sampled
-                heapq.heappush(self._stops, (sequence.joined + left, task.task_id, sequence.joined, sequence))
+                task, limit = sequence.task, sequence.limit
+                stop = sequence.joined + self._answers[task.request.request_id].output_tokens - sequence.sampled
+                if limit is None or stop < limit:  # else the core ends it by itself
+                    heapq.heappush(self._stops, (stop, task.task_id, sequence.joined, sequence))
         self._launched_clock = plan.clock
 
     def _next_stop(self) -> int | None:

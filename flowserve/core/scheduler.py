@@ -40,6 +40,9 @@ from flowserve.core.transfer import run_lengths, runs_from
 
 T = TypeVar("T")
 _new_tuple: Final = tuple.__new__
+# Of most plans; nobody changes a list of a plan in place.
+NO_CHUNKS: Final[list[Chunk]] = []
+NO_VERIFIES: Final[list[Verify]] = []
 NONE: Mapping[int, int] = MappingProxyType({})
 """What is accepted where nothing speculates."""
 
@@ -252,14 +255,13 @@ class EngineCore:
         context = self._decode_context + sequences
         if decodes:
             self._advance_clock(1, last)
-        verifies: list[Verify] = []
-        draft = 0
+        verifies, draft = NO_VERIFIES, 0
         if self._speculating:
             verifies = self._schedule_verifies()
             draft = sum([verify.draft for verify in verifies])
             context += sum([verify.start for verify in verifies]) + len(verifies) + draft
             sequences += len(verifies)
-        chunks: list[Chunk] = []
+        chunks = NO_CHUNKS
         if self._prefilling or self._num_waiting:
             chunks = self._schedule_prefills(sequences, draft, context, last)
         if not chunks and not sequences:
