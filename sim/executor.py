@@ -205,10 +205,8 @@ class SimExecutor:
         self._since = now
         if self._coalesce and self._shared is None:
             steps = self._steps_behind(plan)
-        self._untimed = steps
-        if steps and not plan.chunks:
-            self._ends = []
-            self._untimed += 1
+        if steps:
+            self._ends, self._untimed = [], steps + 1
             self._extend(plan, now, ahead, reshape)
         else:
             took = self._latency.step_ns(plan.shape) + reshape
@@ -216,9 +214,7 @@ class SimExecutor:
             end = now + took
             if self._shared is not None:
                 end = self._shared.begin(self, bool(plan.chunks), now, took)
-            self._ends = [end]
-            if steps:
-                self._extend(plan, end, ahead)
+            self._ends, self._untimed = [end], 0
         self._wait_for(self._ends[-1])
 
     def _steps_behind(self, plan: Plan) -> int:
@@ -248,7 +244,7 @@ class SimExecutor:
                 took[-1] += self._reshape
         else:
             took = latency.decode_ns(batch, context + batch * done, count)
-            took[0] += reshape
+        took[0] += reshape
         if host or latency.stages > 1:
             hidden = len(self._core.in_flight) > 1
             for place, each in enumerate(took):

@@ -374,10 +374,12 @@ class EngineCore:
         self._plans += steps
         for plan in self.in_flight:
             plan.advance(steps)
-        if plan.chunks:
-            self._advance_prompt(plan, steps)
+        self._advance_prompt(self.in_flight[-1], steps)
 
     def _advance_prompt(self, plan: Plan, steps: int) -> None:
+        """The chunk of its prompt, if it has one, that many steps on."""
+        if not plan.chunks:
+            return
         before = plan.chunks[0]
         before.sequence.computed += (steps - 1) * before.tokens
         plan.chunks = []

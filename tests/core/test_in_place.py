@@ -86,6 +86,17 @@ def held(**options: bool) -> Engine:
     return engine
 
 
+def held_beside(prompt: int, limit: int) -> Engine:
+    """KV cache is held for request 0, and task 7 has the only place, in two blocks of its own."""
+    engine = Engine(max_sequences=1, kv_blocks=BLOCKS + 2)
+    engine.prefill(0)
+    engine.step()
+    engine.step()
+    engine.give(Dispatch("je", make_task(7, prompt, limit)))
+    engine.step()
+    return engine
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_a_decode_task_goes_on_in_the_blocks_that_are_held_for_it(prefix_cache: bool) -> None:
     """The next step decodes it, there is no transfer, and there was no room for a second copy."""
@@ -111,12 +122,7 @@ def test_a_decode_task_goes_on_in_the_blocks_that_are_held_for_it(prefix_cache: 
 
 def test_it_waits_for_a_place_alone() -> None:
     """Not behind a prompt that waits for the very blocks it has, but until another one has ended."""
-    engine = Engine(max_sequences=1, kv_blocks=BLOCKS + 2)
-    engine.prefill(0)
-    engine.step()
-    engine.step()
-    engine.give(Dispatch("je", make_task(7, 20, 3)))
-    engine.step()
+    engine = held_beside(prompt=20, limit=3)
     engine.prefill(2)
     engine.decode(0)
     assert engine.core.num_waiting == 2
@@ -187,12 +193,7 @@ def test_an_aborted_decode_task_leaves_nothing(kv_transfer: KvTransfer, steps: i
 
 def test_a_place_that_nobody_takes_is_noticed() -> None:
     """The only other sequence finds no block and gives way, in a step in which nothing else is computed."""
-    engine = Engine(max_sequences=1, kv_blocks=BLOCKS + 2)
-    engine.prefill(0)
-    engine.step()
-    engine.step()
-    engine.give(Dispatch("je", make_task(7, 30, 70)))
-    engine.step()
+    engine = held_beside(prompt=30, limit=70)
     engine.decode(0)
     engine.run()
     assert engine.ended() == {0: "TaskFinished", 100: "TaskFinished", 7: "TaskFailed"}

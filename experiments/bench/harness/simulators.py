@@ -10,6 +10,8 @@ from experiments.bench.harness.sim_case import Case
 
 LIMIT_S = 3600
 """Longer than any takes on 16,000 requests, and than Vidur trains its predictors at the first run."""
+HYDRA_ADVICE = "Set the environment variable HYDRA_FULL_ERROR"
+"""How the last line of a failing program on Hydra begins."""
 
 
 class Peer(NamedTuple):
@@ -26,9 +28,6 @@ class Peer(NamedTuple):
 
     def takes(self, case: Case) -> bool:
         return (self.disaggregated or len(case.groups) == 1) and (self.prefixes or not case.shared)
-
-
-HYDRA_ADVICE = "Set the environment variable HYDRA_FULL_ERROR"
 
 
 class PeerError(Exception):
