@@ -188,7 +188,7 @@ class Inspection:
                 (
                     name,
                     str(executor.shell.shell.spec.role),
-                    str(core.num_waiting),
+                    str(core.waiting.count),
                     str(core.num_running),
                     str(len(core.in_flight)),
                     f"{used}/{rtc.total_blocks}",

@@ -135,7 +135,7 @@ def work_is_conserved(cluster: SimCluster) -> None:
         if core.in_flight:
             continue
         assert not any(True for _ in core.decoding()), f"{name} decodes nothing, though it could"
-        head: Any = core.order.head(core.clock.issued) if core.num_waiting else None
+        head: Any = core.order.head(core.clock.issued) if core.waiting.count else None
         if head is None or head.status.name != "WAITING" or core.num_running >= core.config.max_sequences:
             continue
         need = -(-head.target // core.config.block_tokens) + int(core.config.watermark * core.config.kv_blocks)

@@ -67,7 +67,7 @@ def _core(sequences: int) -> EngineCore:
     core = EngineCore(config)
     for number in range(sequences):
         _add(core, number, 100 + 900 * number // sequences)
-    while core.num_waiting or any(plan.chunks for plan in core.in_flight):
+    while core.waiting.count or any(plan.chunks for plan in core.in_flight):
         plan = core.schedule()
         assert plan is not None
         core.complete(plan, ())

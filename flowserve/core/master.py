@@ -111,10 +111,10 @@ class Master:
 
     def next_plan(self) -> Plan | None:
         """Decide the next step; also starts the transfers that there is room for, and copies between tiers."""
-        if self.core.in_place:
+        if self.core.waiting.in_place:
             self._begin_in_place()
         plan = self.core.schedule()
-        if plan is None and self.core.in_place:  # somebody may have been preempted and left a place
+        if plan is None and self.core.waiting.in_place:  # somebody may have been preempted and left a place
             self._begin_in_place()
             plan = self.core.schedule()
         if self.core.fetches and self._request_fetches() and plan is None:
@@ -238,9 +238,9 @@ class Master:
         """How much there is, by count."""
         core = self.core
         return Load(
-            waiting=core.num_waiting,
+            waiting=core.waiting.count,
             running=core.num_running,
-            waiting_tokens=core.waiting_tokens,
+            waiting_tokens=core.waiting.tokens,
             free_blocks=core.rtc.available,
             cached_blocks=core.rtc.cached_blocks,
             total_blocks=core.rtc.total_blocks,
@@ -448,7 +448,7 @@ class Master:
 
     def _forget_times(self) -> None:
         """With nothing under way, nobody asks for the times of earlier steps any more."""
-        if not (self.core.num_running or self.core.num_waiting or self.core.in_flight):
+        if not (self.core.num_running or self.core.waiting.count or self.core.in_flight):
             del self._step_ends[:]
             self._first_clock = self.core.clock.done
 

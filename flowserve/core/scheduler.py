@@ -5,7 +5,6 @@ may be in flight: a stop is learned when the plan that sampled it completes, so 
 more; that token is dropped and the blocks are freed when the last plan that uses them is complete.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
@@ -18,6 +17,7 @@ from cluster.latency import StepShape
 from cluster.request import Task
 from cluster.vocabulary import BLOCK_TOKENS, FailureReason, TaskKind
 from flowserve.core.config import EngineConfig
+from flowserve.core.decodes import DecodeBatch
 from flowserve.core.fetch_cost import FetchCost, fetch_rule
 from flowserve.core.plan import Chunk, Fetch, Plan, StepResult, Verify
 from flowserve.core.rtc import Match, Rtc
@@ -31,12 +31,12 @@ from flowserve.core.sequence import (
     PREFILL,
     SPECULATE,
     WAITING,
-    DecodeClock,
     Sequence,
     Status,
 )
 from flowserve.core.tiers import Tier, Transit
 from flowserve.core.transfer import run_lengths, runs_from
+from flowserve.core.waiting import Waiting
 
 T = TypeVar("T")
 _new_tuple: Final = tuple.__new__
@@ -72,37 +72,25 @@ class EngineCore:
         self._size = config.block_tokens
         self._tiered = config.tiers.blocks > 0
         self._sends_early = config.kv_transfer != "by_request"
-        self.clock = DecodeClock()
+        self.decodes = DecodeBatch(config.block_tokens, self.order)
+        self.clock = self.decodes.clock
         self.in_flight: deque[Plan] = deque()
         self.held: dict[int, Sequence] = {}
         # Prefills whose KV cache is being fetched, or will be as soon as they are done.
         self.leased: set[int] = set()
-        # Decode tasks that wait for a place in the batch and for nothing else: their KV cache is here.
-        self.in_place: dict[int, Sequence] = {}
         self.failed: list[tuple[Sequence, FailureReason]] = []
         self.fetches: list[Fetch] = []
         # Prefills that have begun, where that is to be said; and those whose KV cache another engine fetches meanwhile.
         self.begun: list[Sequence] = []
         self.followed: set[int] = set()
         self.preemptions = 0
-        self.waiting_tokens = 0
+        self.waiting = Waiting(self.order)
         self._sequences: dict[int, Sequence] = {}
-        self._num_waiting = 0
         self._running: dict[int, Sequence] = {}
         self._populating: dict[Transit, Sequence] = {}
         self._prefilling: dict[int, Sequence] = {}
-        self._decoding: dict[int, Sequence] = {}
         self._speculating: dict[int, Sequence] = {}
-        self._decodes: tuple[Sequence, ...] | None = ()
-        self._decode_context = 0
-        # A sequence needs its next block at every clock that is congruent to its phase modulo the block size.
-        self._phases: list[dict[int, Sequence]] = [{} for _ in range(config.block_tokens)]
-        self._limits: list[tuple[int, int, Sequence]] = []
         self._ending: dict[int, tuple[int, Sequence, int]] = {}
-        # Decode tasks by the age of their requests, some of which wait no more; those that went ahead of the queue,
-        # which has them still.
-        self._decode_tasks: list[tuple[int, int, Sequence]] = []
-        self._passed: set[int] = set()
         # Who found no room, and the state of the cache then: asked again when that changes.
         self._blocked: tuple[int, int | None, int, bool] | None = None
         self._plans = 0
@@ -124,26 +112,18 @@ class EngineCore:
         sequence = self._sequences[task.task_id] = Sequence(task, own_ids, self._arrivals, self.clock)
         self._arrivals += 1
         if in_place:
-            self._num_waiting += 1
-            self.waiting_tokens += sequence.target
-            self.in_place[task.task_id] = sequence
+            self.waiting.add_in_place(sequence)
         else:
-            self._enqueue(sequence)
-            if task.kv is not None:
-                self._oldest_decode_task()  # for the sake of those that wait no more
-                heapq.heappush(self._decode_tasks, (_age(sequence), sequence.arrival, sequence))
+            self.waiting.add(sequence, self.clock.issued)
         return None
 
     def admit_in_place(self) -> None:
         """Take decode tasks whose KV cache is here into the batch, as far as there are places. Each is a fetch that has
         nothing to copy, over when its prefill is.
         """
-        while self.in_place and len(self._running) < self.config.max_sequences:
-            task_id, sequence = next(iter(self.in_place.items()))
-            del self.in_place[task_id]
-            self._num_waiting -= 1
-            self.waiting_tokens -= sequence.target
-            self._running[task_id] = sequence
+        while self.waiting.in_place and len(self._running) < self.config.max_sequences:
+            sequence = self.waiting.take_in_place()
+            self._running[sequence.task_id] = sequence
             sequence.node, sequence.status = self.rtc.root, FETCHING
             sequence.target -= 1
             self.order.admitted(sequence, 0)
@@ -159,9 +139,7 @@ class EngineCore:
             return None
         match sequence.status:
             case Status.WAITING:
-                self._num_waiting -= 1
-                self.waiting_tokens -= sequence.target
-                self.in_place.pop(task_id, None)
+                self.waiting.drop(sequence)
                 self._forget(sequence)
             case Status.FETCHING:
                 sequence.status = ENDED  # the transfer still writes into its blocks: freed by `fetched`
@@ -189,7 +167,7 @@ class EngineCore:
             return None if aborted else sequence
         sequence.computed = sequence.target
         self._cache(sequence, sequence.computed)
-        self._join_decodes(sequence)
+        self._begin_decoding(sequence)
         return None
 
     def _take_over(self, sequence: Sequence) -> bool:
@@ -218,7 +196,7 @@ class EngineCore:
             self._leave_batch(sequence)
             self._drop_blocks(sequence)
             sequence.computed, sequence.may_fetch = 0, False
-            self._enqueue(sequence)
+            self.waiting.add(sequence, self.clock.issued)
 
     def release_context(self, context: str) -> bool:
         """Let go of an explicitly cached context; False where it is not known here."""
@@ -243,18 +221,16 @@ class EngineCore:
             return None
         if self._tiered:
             self.rtc.swap_out()
-        if self._phases[self.clock.issued % self._size] and not self._grow_decodes():
+        if self.decodes.starting() and not self._grow_decodes():
             return None
         if self._speculating and not self._grow_speculating():
             return None
         last: list[Sequence] = []
-        decodes = self._decodes
-        if decodes is None:
-            decodes = self._decodes = tuple(self._decoding.values())
+        decodes = self.decodes.in_order()
         sequences = len(decodes)
-        context = self._decode_context + sequences
+        context = self.decodes.context + sequences
         if decodes:
-            self._advance_clock(1, last)
+            self.decodes.issue(1, last)
         verifies, draft = NO_VERIFIES, 0
         if self._speculating:
             verifies = self._schedule_verifies()
@@ -262,7 +238,7 @@ class EngineCore:
             context += sum([verify.start for verify in verifies]) + len(verifies) + draft
             sequences += len(verifies)
         chunks = NO_CHUNKS
-        if self._prefilling or self._num_waiting:
+        if self._prefilling or self.waiting.count:
             chunks = self._schedule_prefills(sequences, draft, context, last)
         if not chunks and not sequences:
             return None
@@ -324,14 +300,14 @@ class EngineCore:
         Asked right after `schedule()`, which has looked at what waits. What may still cut it short is a stop, which
         only the sampler's side knows.
         """
-        batch = self._decodes
+        batch = self.decodes.latest
         if batch is None or not self.in_flight or self._ending or self._speculating:
             return 0  # for one, blocks about to be freed may let in what waits
         plan = self.in_flight[-1]
         if plan.chunks:
             most = min(most, self._steady_chunks(plan))
         elif not batch or (
-            self.order.moves_with_service and self._num_waiting and len(self._running) < self.config.max_sequences
+            self.order.moves_with_service and self.waiting.count and len(self._running) < self.config.max_sequences
         ):
             return 0
         for each in self.in_flight:
@@ -340,12 +316,8 @@ class EngineCore:
         room = self.rtc.steady_blocks
         if most <= 0 or room <= 0 or not batch:
             return max(0, most) if room > 0 else 0
-        limits = self._limits
-        while limits and limits[0][2].limit != limits[0][0]:
-            heapq.heappop(limits)
-        steps = min(most, limits[0][0] - self.clock.issued) if limits else most
         rounds = room // len(batch)
-        return max(0, min(steps, rounds * self._size))
+        return max(0, min(self.decodes.plans_left(most), rounds * self._size))
 
     def _steady_chunks(self, plan: Plan) -> int:
         """How many plans behind this one only go on with its one prompt, the one that ends it among them if nobody else
@@ -359,7 +331,7 @@ class EngineCore:
             return 0
         if next(iter(self._prefilling.values())) is not sequence:
             return 0
-        alone = not self._num_waiting and len(self._prefilling) == 1
+        alone = not self.waiting.count and len(self._prefilling) == 1
         return (sequence.target - sequence.computed - 1) // chunk.tokens + alone
 
     def advance(self, steps: int) -> None:
@@ -367,10 +339,9 @@ class EngineCore:
 
         Only for up to `steady_steps` steps.
         """
-        batch = self._decodes
-        assert batch is not None and self.in_flight
-        if batch:
-            self._advance_decodes(steps)
+        assert self.decodes.latest is not None and self.in_flight
+        if self.decodes.latest:
+            self.decodes.advance(steps, self.rtc, self.in_flight[-1].last)
         self._plans += steps
         for plan in self.in_flight:
             plan.advance(steps)
@@ -385,24 +356,7 @@ class EngineCore:
         plan.chunks = []
         self._issue_chunk(before.sequence, before.tokens, plan.chunks, plan.last)
 
-    def _advance_decodes(self, steps: int) -> None:
-        phases, size, rtc = self._phases, self._size, self.rtc
-        first = self.clock.issued
-        for clock in range(first, first + steps):
-            phase = phases[clock % size]
-            if phase:
-                for sequence in phase.values():
-                    blocks = sequence.blocks
-                    if len(blocks) * size <= sequence.computed + clock - sequence.joined:
-                        rtc.append_block(blocks)
-        self.clock.done += steps
-        self._advance_clock(steps, self.in_flight[-1].last)
-
     # -- what can be read -----------------------------------------------------------------------------------------
-
-    @property
-    def num_waiting(self) -> int:
-        return self._num_waiting
 
     @property
     def num_running(self) -> int:
@@ -426,7 +380,7 @@ class EngineCore:
 
     def decoding(self) -> Iterator[Sequence]:
         """Sequences that decode, in order of joining."""
-        return chain(self._decoding.values(), self._speculating.values())
+        return chain(self.decodes.members.values(), self._speculating.values())
 
     def earliest_clock(self) -> int:
         """The value of the decode clock from which on a sequence here has decoded, or will."""
@@ -445,10 +399,9 @@ class EngineCore:
         """Conserved quantities: free + cached + private blocks == total; counters agree with the queues."""
         self.rtc.check_integrity([block for sequence in self._sequences.values() for block in sequence.private_blocks])
         waiting = [sequence for sequence in self._sequences.values() if sequence.status is WAITING]
-        assert len(waiting) == self._num_waiting
-        assert sum(sequence.target for sequence in waiting) == self.waiting_tokens
-        assert sum(sequence.position for sequence in self._decoding.values()) == self._decode_context
-        assert sum(map(len, self._phases)) == len(self._decoding)
+        assert len(waiting) == self.waiting.count
+        assert sum(sequence.target for sequence in waiting) == self.waiting.tokens
+        self.decodes.check_integrity()
         for sequence in self._speculating.values():
             assert sequence.pending or sequence.computed == sequence.task.request.prompt_tokens + sequence.sampled - 1
         for sequence in self.decoding():
@@ -468,7 +421,7 @@ class EngineCore:
                 if budget == 0:
                     return chunks
                 budget -= self._issue_chunk(sequence, budget, chunks, last)
-        while budget and self._num_waiting and (admitted := self._admit()):
+        while budget and self.waiting.count and (admitted := self._admit()):
             if admitted.status is PREFILL:
                 budget -= self._issue_chunk(admitted, budget, chunks, last)
         return chunks
@@ -485,7 +438,7 @@ class EngineCore:
             elif sequence.task.kind is TaskKind.PREFILL:
                 sequence.status = HELD
             else:
-                self._join_decodes(sequence, pending=1)
+                self._begin_decoding(sequence, pending=1)
         return count
 
     def _remaining(self, sequence: Sequence) -> int:
@@ -498,10 +451,11 @@ class EngineCore:
         Where there is no room for it and KV cache is held here, for decode tasks elsewhere, the decode task of the
         oldest request goes ahead: others may wait for what is held for that one, while here the head waits for them.
         """
-        if len(self._running) >= self.config.max_sequences or self._num_waiting == len(self.in_place):
+        waiting = self.waiting
+        if len(self._running) >= self.config.max_sequences or waiting.count == len(waiting.in_place):
             return None
-        head, alone = self._head(), not self._running
-        oldest = self._oldest_decode_task() if self.held else None
+        head, alone = waiting.head(self.clock.issued), not self._running
+        oldest = waiting.oldest_decode_task() if self.held else None
         number = None if oldest is None else oldest.task_id
         if self._blocked == (head.task_id, number, self.rtc.changes, alone):
             return None
@@ -536,11 +490,9 @@ class EngineCore:
             self.rtc.unlock(node)
             return False
         if ahead:
-            self._passed.add(sequence.task_id)
+            self.waiting.take_ahead(sequence)
         else:
-            self.order.pop()
-        self._num_waiting -= 1
-        self.waiting_tokens -= sequence.target
+            self.waiting.take_head(sequence)
         self._running[sequence.task_id] = sequence
         sequence.node, sequence.tree_blocks, sequence.blocks = node, len(cached), cached + blocks
         transit = None if fetching or not match.lower else self._populate(sequence, target, match)
@@ -558,16 +510,6 @@ class EngineCore:
         else:
             self._begin(sequence)
         return True
-
-    def _oldest_decode_task(self) -> Sequence | None:
-        """Of the decode tasks that wait for room, the one whose request is the oldest."""
-        tasks = self._decode_tasks
-        while tasks:
-            _, _, sequence = tasks[0]
-            if sequence.status is WAITING and not sequence.preemptions:
-                return sequence
-            heapq.heappop(tasks)
-        return None
 
     def _begin(self, sequence: Sequence) -> None:
         """All that its prompt needs is there."""
@@ -629,39 +571,21 @@ class EngineCore:
         A request keeps its age through all retries, so two engines never drop each other's, and what is held for the
         oldest request of all is never dropped.
         """
-        if self.leased or self._ending or min(map(_age, self.held.values())) < _age(sequence):
+        if self.leased or self._ending or min(held.age for held in self.held.values()) < sequence.age:
             return
-        for held in sorted(self.held.values(), key=_age, reverse=True):
+        for held in sorted(self.held.values(), key=lambda held: held.age, reverse=True):
             if need <= self.rtc.available:
                 return
             del self.held[held.task_id]
             self._free(held, held.computed)
 
-    def _head(self) -> Sequence:
-        """Who waits and is next; those that were aborted in the queue, or went ahead of it, leave it here."""
-        while True:
-            head = self.order.head(self.clock.issued)
-            assert isinstance(head, Sequence), f"{type(self.order).__name__} has lost a waiting sequence"
-            if head.status is WAITING:
-                return head
-            self.order.pop()
-            self._passed.discard(head.task_id)
-
-    def _join_decodes(self, sequence: Sequence, pending: int = 0) -> None:
+    def _begin_decoding(self, sequence: Sequence, pending: int = 0) -> None:
         """`pending`: tokens sampled by issued plans that are not complete."""
         if self.config.speculative_tokens:
             sequence.status, sequence.pending = SPECULATE, pending > 0
             self._speculating[sequence.task_id] = sequence
-            return
-        sequence.status = DECODE
-        sequence.joined = self.clock.issued
-        self._decoding[sequence.task_id] = sequence
-        self._decodes = None
-        self._decode_context += sequence.computed
-        self._phases[(sequence.joined - sequence.computed) % self._size][sequence.task_id] = sequence
-        sequence.limit = sequence.joined + self._remaining(sequence) - pending
-        heapq.heappush(self._limits, (sequence.limit, sequence.arrival, sequence))
-        self.order.joined(sequence, self.clock.issued)
+        else:
+            self.decodes.join(sequence, self._remaining(sequence) - pending)
 
     def _leave_batch(self, sequence: Sequence) -> None:
         """Out of the batch, with what was derived from the clock written down."""
@@ -669,32 +593,11 @@ class EngineCore:
         self._prefilling.pop(sequence.task_id, None)
         self._speculating.pop(sequence.task_id, None)
         if sequence.status is DECODE:
-            self._leave_decodes(sequence)
+            self.decodes.leave(sequence)
         if sequence.status is LAST:
             sequence.runs.append((sequence.joined, max(sequence.joined, self.clock.done)))
             sequence.sampled = sequence.generated
         sequence.status = ENDED
-
-    def _leave_decodes(self, sequence: Sequence) -> None:
-        """No later plan decodes it; those in flight may."""
-        del self._decoding[sequence.task_id]
-        self._decodes = None
-        del self._phases[(sequence.joined - sequence.computed) % self._size][sequence.task_id]
-        sequence.computed, sequence.limit, sequence.status = sequence.position, None, LAST
-        self._decode_context -= sequence.computed
-        self.order.left(sequence, self.clock.issued)
-
-    def _advance_clock(self, plans: int, last: list[Sequence]) -> None:
-        """Issue decode plans; sequences that reach the client's limit with the last of them go to `last` and decode no
-        further.
-        """
-        self._decode_context += plans * len(self._decoding)
-        self.clock.issued += plans
-        while self._limits and self._limits[0][0] <= self.clock.issued:
-            limit, _, sequence = heapq.heappop(self._limits)
-            if sequence.status is DECODE and sequence.limit == limit:
-                self._leave_decodes(sequence)
-                last.append(sequence)
 
     def _grow_decodes(self) -> bool:
         """A block for every decoding sequence that starts one, preempting another sequence where none is left.
@@ -702,7 +605,7 @@ class EngineCore:
         False where that needs a preemption while plans are in flight.
         """
         size, rtc = self._size, self.rtc
-        for sequence in list(self._phases[self.clock.issued % size].values()):
+        for sequence in list(self.decodes.starting().values()):
             while (
                 sequence.status is DECODE
                 and len(sequence.blocks) * size <= sequence.position
@@ -793,13 +696,13 @@ class EngineCore:
             self.failed.append((sequence, FailureReason.TOO_LONG))
             self._forget(sequence)
         else:
-            self._enqueue(sequence)
+            self.waiting.add(sequence, self.clock.issued)
 
     def _swap(self, sequence: Sequence, cached: int) -> None:
         """Copy what a sequence had to the next tier. Blocks are free when that has ended, but the others decode on: for
         a block each, the end of it is dropped.
         """
-        others = len(self._decoding) + len(self._speculating)
+        others = len(self.decodes.members) + len(self._speculating)
         room = self.rtc.alloc_blocks(min(others, self.rtc.available))
         assert room is not None
         self.rtc.free(room)
@@ -852,15 +755,6 @@ class EngineCore:
         sequence.status = ENDED
         del self._sequences[sequence.task_id]
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = WAITING
-        self._num_waiting += 1
-        self.waiting_tokens += sequence.target
-        if sequence.task_id in self._passed:
-            self._passed.remove(sequence.task_id)  # the queue has it still
-        else:
-            self.order.push(sequence, self.clock.issued)
-
     def _outgrows(self, task: Task, generated: int) -> bool:
         """Whether a task has more context than the whole KV cache holds, or will have with its next token.
 
@@ -879,11 +773,6 @@ def _policy(spec: PolicySpec | None, kind: type[T]) -> T:
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
-
-
-def _age(sequence: Sequence) -> int:
-    """The smaller, the older the request."""
-    return sequence.task.request.request_id
 
 
 def _shape(chunks: list[Chunk], decodes: int, decode_context: int, draft: int) -> StepShape:

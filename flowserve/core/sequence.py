@@ -121,6 +121,11 @@ class Sequence:
         self.rejected = 0
 
     @property
+    def age(self) -> int:
+        """The smaller, the older the request: its number, the same through all its attempts."""
+        return self.task.request.request_id
+
+    @property
     def position(self) -> int:
         """Positions whose KV cache is computed or issued: where the next issued token goes."""
         if self.status is DECODE:

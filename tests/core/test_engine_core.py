@@ -326,8 +326,8 @@ def test_the_head_of_the_queue_is_never_overtaken() -> None:
     add(core, 1, 60)
     add(core, 2, 5)
     assert chunks(core.schedule()) == [(0, 0, 60, True)]
-    assert core.num_waiting == 2
-    assert core.waiting_tokens == 65
+    assert core.waiting.count == 2
+    assert core.waiting.tokens == 65
 
 
 def waiting_behind_what_is_held(order: PolicySpec | None = None) -> EngineCore:
@@ -347,7 +347,7 @@ def test_decode_tasks_go_ahead_of_what_waits_for_held_blocks(order: PolicySpec |
     core = waiting_behind_what_is_held(order)
     assert core.schedule() is None
     assert [(fetch.sequence.task_id, fetch.tokens) for fetch in core.fetches] == [(1, 17)]
-    assert (core.num_waiting, core.waiting_tokens) == (2, 78)
+    assert (core.waiting.count, core.waiting.tokens) == (2, 78)
     core.fetched(1, True)
     while core.sequence(1) is not None:
         assert [sequence.task_id for sequence in step_plan(core).decodes] == [1]
@@ -375,7 +375,7 @@ def test_without_held_blocks_decode_tasks_wait_their_turn() -> None:
     add(core, 1, 17, kind=TaskKind.DECODE, generated=1)
     core.schedule()
     assert not core.fetches
-    assert core.num_waiting == 2
+    assert core.waiting.count == 2
 
 
 def test_who_went_ahead_and_is_preempted_has_its_place_in_the_queue() -> None:

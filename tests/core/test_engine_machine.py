@@ -62,7 +62,13 @@ def state_of(core: EngineCore) -> Any:
             (tuple(node.ids[node.start :][: len(node.blocks)]), tuple(node.blocks), node.locks)
             for node in core.rtc.nodes()
         ),
-        "counts": (core.num_waiting, core.num_running, core.waiting_tokens, core.preemptions, core.rtc.evicted_blocks),
+        "counts": (
+            core.waiting.count,
+            core.num_running,
+            core.waiting.tokens,
+            core.preemptions,
+            core.rtc.evicted_blocks,
+        ),
         "clock": (core.clock.issued, core.clock.done),
         "held": list(core.held),
         "room": (core.rtc.available, core.rtc.cached_blocks),
@@ -257,7 +263,7 @@ class EngineMachine(RuleBasedStateMachine):
         """The next step is decided, within every limit."""
         full = len(self.core.in_flight) == self.config.max_in_flight
         self.core.admit_in_place()
-        assert not self.core.in_place or self.core.num_running == self.config.max_sequences
+        assert not self.core.waiting.in_place or self.core.num_running == self.config.max_sequences
         plan = self.core.schedule()
         for sequence, reason in self.core.failed:
             assert reason is FailureReason.TOO_LONG
@@ -536,7 +542,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.release(0)
             self.conserved()
         assert "live" not in self.state.values()
-        assert self.core.num_running == self.core.num_waiting == self.core.waiting_tokens == 0
+        assert self.core.num_running == self.core.waiting.count == self.core.waiting.tokens == 0
         while self.moves:
             self.moved(0, True)
         while self.core.rtc.release_oldest():

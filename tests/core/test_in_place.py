@@ -103,12 +103,12 @@ def test_a_decode_task_goes_on_in_the_blocks_that_are_held_for_it(prefix_cache: 
     engine = held(prefix_cache=prefix_cache)
     blocks = engine.core.held[0].blocks
     engine.decode(0)
-    assert (engine.core.num_waiting, engine.core.waiting_tokens) == (1, PROMPT + 1)
+    assert (engine.core.waiting.count, engine.core.waiting.tokens) == (1, PROMPT + 1)
     plan = engine.master.next_plan()
     assert plan is not None
     [sequence] = plan.decodes
     assert (sequence.task_id, sequence.position, sequence.blocks) == (100, PROMPT + 1, blocks)
-    assert (engine.core.held, engine.core.num_waiting, engine.core.waiting_tokens) == ({}, 0, 0)
+    assert (engine.core.held, engine.core.waiting.count, engine.core.waiting.tokens) == ({}, 0, 0)
     assert engine.core.sequence(0) is None
     engine.run()
     [finished] = [event for event in engine.events if isinstance(event, ev.TaskFinished) and event.task_id == 100]
@@ -125,7 +125,7 @@ def test_it_waits_for_a_place_alone() -> None:
     engine = held_beside(prompt=20, limit=3)
     engine.prefill(2)
     engine.decode(0)
-    assert engine.core.num_waiting == 2
+    assert engine.core.waiting.count == 2
     engine.step()
     assert [sequence.task_id for sequence in engine.core.decoding()] == [7]
     engine.step()

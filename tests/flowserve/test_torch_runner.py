@@ -119,7 +119,7 @@ def test_a_stop_is_learned_late(folder: Path, alone: list[list[int]]) -> None:
     engine = Engine(folder, max_in_flight=2)
     tasks = [engine.add(prompt, LIMIT) for prompt in PROMPTS]
     late = 0
-    while engine.core.in_flight or engine.core.num_running or engine.core.num_waiting:
+    while engine.core.in_flight or engine.core.num_running or engine.core.waiting.count:
         engine.step([task for task in tasks if len(engine.output[task]) == 9])
         engine.core.check_integrity()
         late += sum(s.status is Status.ENDED for plan in engine.core.in_flight for s in plan.decodes)
