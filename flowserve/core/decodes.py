@@ -24,8 +24,9 @@ class DecodeBatch:
         self.latest: tuple[Sequence, ...] | None = ()
         self._order = order
         self._size = block_tokens
-        # A sequence needs its next block at every clock that is congruent to its phase modulo the block size.
-        self._phases: list[dict[int, Sequence]] = [{} for _ in range(block_tokens)]
+        # A sequence needs its next block at every clock that is congruent to its phase modulo the block size; None, not
+        # an empty list, where nobody does: with a thousand engines it is memory that counts, and most phases are so.
+        self._phases: list[list[Sequence] | None] = [None] * block_tokens
         self._limits: list[tuple[int, int, Sequence]] = []
 
     def join(self, sequence: Sequence, most: int) -> None:
@@ -36,7 +37,12 @@ class DecodeBatch:
         self.members[sequence.task_id] = sequence
         self.latest = None
         self.context += sequence.computed
-        self._phases[(clock - sequence.computed) % self._size][sequence.task_id] = sequence
+        phase = (clock - sequence.computed) % self._size
+        others = self._phases[phase]
+        if others is None:
+            self._phases[phase] = [sequence]
+        else:
+            others.append(sequence)
         sequence.limit = clock + most
         heapq.heappush(self._limits, (sequence.limit, sequence.arrival, sequence))
         self._order.joined(sequence, clock)
@@ -45,7 +51,12 @@ class DecodeBatch:
         """No later plan decodes it; those in flight may."""
         del self.members[sequence.task_id]
         self.latest = None
-        del self._phases[(sequence.joined - sequence.computed) % self._size][sequence.task_id]
+        phase = (sequence.joined - sequence.computed) % self._size
+        others = self._phases[phase]
+        assert others is not None
+        others.remove(sequence)
+        if not others:
+            self._phases[phase] = None
         sequence.computed, sequence.limit, sequence.status = sequence.position, None, LAST
         self.context -= sequence.computed
         self._order.left(sequence, self.clock.issued)
@@ -57,8 +68,8 @@ class DecodeBatch:
             latest = self.latest = tuple(self.members.values())
         return latest
 
-    def starting(self) -> dict[int, Sequence]:
-        """Who may need a block for the next plan."""
+    def starting(self) -> list[Sequence] | None:
+        """Who may need a block for the next plan, in order of joining; None: nobody."""
         return self._phases[self.clock.issued % self._size]
 
     def issue(self, plans: int, last: list[Sequence]) -> None:
@@ -84,8 +95,8 @@ class DecodeBatch:
         first = self.clock.issued
         for clock in range(first, first + plans):
             phase = phases[clock % size]
-            if phase:
-                for sequence in phase.values():
+            if phase is not None:
+                for sequence in phase:
                     blocks = sequence.blocks
                     if len(blocks) * size <= sequence.computed + clock - sequence.joined:
                         rtc.append_block(blocks)
@@ -95,4 +106,4 @@ class DecodeBatch:
     def check_integrity(self) -> None:
         """Its sums agree with its members, and all have the blocks that they need."""
         assert sum(sequence.position for sequence in self.members.values()) == self.context
-        assert sum(map(len, self._phases)) == len(self.members)
+        assert sum(len(phase or ()) for phase in self._phases) == len(self.members)

@@ -221,7 +221,8 @@ class EngineCore:
             return None
         if self._tiered:
             self.rtc.swap_out()
-        if self.decodes.starting() and not self._grow_decodes():
+        starting = self.decodes.starting()
+        if starting is not None and not self._grow(starting.copy()):
             return None
         if self._speculating and not self._grow_speculating():
             return None
@@ -599,13 +600,13 @@ class EngineCore:
             sequence.sampled = sequence.generated
         sequence.status = ENDED
 
-    def _grow_decodes(self) -> bool:
-        """A block for every decoding sequence that starts one, preempting another sequence where none is left.
+    def _grow(self, starting: list[Sequence]) -> bool:
+        """A block for each of these that needs one, preempting another sequence where none is left.
 
         False where that needs a preemption while plans are in flight.
         """
         size, rtc = self._size, self.rtc
-        for sequence in list(self.decodes.starting().values()):
+        for sequence in starting:
             while (
                 sequence.status is DECODE
                 and len(sequence.blocks) * size <= sequence.position
@@ -617,7 +618,7 @@ class EngineCore:
         return True
 
     def _grow_speculating(self) -> bool:
-        """A block for the next token of every sequence that speculates and can go on; like `_grow_decodes`."""
+        """A block for the next token of every sequence that speculates and can go on; like `_grow`."""
         size = self._size
         for sequence in list(self._speculating.values()):
             if sequence.pending:
