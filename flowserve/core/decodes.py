@@ -104,6 +104,6 @@ class DecodeBatch:
         self.issue(plans, last)
 
     def check_integrity(self) -> None:
-        """Its sums agree with its members, and all have the blocks that they need."""
+        """Its sums agree with its members."""
         assert sum(sequence.position for sequence in self.members.values()) == self.context
         assert sum(len(phase or ()) for phase in self._phases) == len(self.members)

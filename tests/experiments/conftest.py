@@ -1,5 +1,6 @@
 """The command line in this process: a `deepflow` that tests call, in an empty folder of their own."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ def deepflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 
     def call(*arguments: str) -> Said:
         capfd.readouterr()
+        importlib.invalidate_caches()  # a test may just have written a module
         try:
             code = main(list(arguments))
         except SystemExit as leaving:  # argparse leaves this way after --help
