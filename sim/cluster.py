@@ -122,6 +122,8 @@ class SimCluster(Cluster):
         self._work_nodes: dict[str, WorkNode] = {}
         self._work_tasks: dict[str, dict[int, tuple[str, WorkTask]]] = {}
         self._nodes: dict[str, Node] = {}
+        self._following: dict[str, dict[Flow, tuple[int, int]]] = {}
+        """By source: what is sent while a step computes it, with that plan and the bytes of its last layer."""
         self.network, self.topology = Network(self.clock), Topology(hosts or Hosts())
         self._starter = Starter(self.clock, self.topology, self.network, self._stage_finished, self._ready)
         self._events: deque[ev.Event] = deque(ev.RunStarted(to=actor, time=0, occurred=0) for actor in actors)
@@ -280,6 +282,7 @@ class SimCluster(Cluster):
             self._record,
             to_ns(node.host_step_s),
             partial(_accept, node.acceptance),
+            retimed=partial(self._retimed, action.executor),
         )
         self.executors[action.executor] = executor
         self._peers.setdefault(action.spec.model, {})[action.executor] = executor
@@ -475,7 +478,7 @@ class SimCluster(Cluster):
         self, name: str, transfer: Transfer, plan: int, num_bytes: int, pieces: int, on_end: Callable[[bool], None]
     ) -> None:
         """Send what the source computes just now, each layer when it is there: from the first one on no faster than
-        they come, as it looks then, and as fast as the links are from the end of the step on.
+        they come, and as fast as the links are from the end of the step on.
         """
         engine, now = self.executors.get(transfer.source), self.now()
         if engine is None or name not in self.executors:  # one of them has died since
@@ -489,16 +492,29 @@ class SimCluster(Cluster):
             self._at(first - now, partial(self._follow, name, transfer, plan, num_bytes, pieces, on_end))
             return
         flow = self.network.start(path, num_bytes, pieces, on_end, parties, (end - now) * layers // max(1, layers - 1))
+        self._following.setdefault(transfer.source, {})[flow] = (plan, num_bytes // layers)
         self._lift(transfer.source, plan, flow)
 
     def _lift(self, source: str, plan: int, flow: Flow) -> None:
-        """At the end of the step, which others may have put off meanwhile."""
+        """At the end of the step, wherever that has moved meanwhile."""
+        if flow not in self._following.get(source, ()):
+            return
         engine, now = self.executors.get(source), self.now()
         step = None if engine is None else engine.step_of(plan)
         if step is None or step[1] <= now:
+            del self._following[source][flow]
             self.network.lift(flow)
         else:
             self._at(step[1] - now, partial(self._lift, source, plan, flow))
+
+    def _retimed(self, source: str) -> None:
+        """Its step ends sooner or later than was thought, and with it what follows it layer by layer."""
+        engine, now = self.executors.get(source), self.now()
+        for flow, (plan, behind) in list(self._following.get(source, {}).items()):
+            step = None if engine is None else engine.step_of(plan)
+            if step is not None and step[1] > now:
+                self.network.pace(flow, behind, step[1] - now)
+                self._at(step[1] - now, partial(self._lift, source, plan, flow))
 
     def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""

@@ -33,6 +33,10 @@ def _nothing_right(verify: Verify) -> int:
     return 1
 
 
+def _nobody_follows() -> None:
+    pass
+
+
 class SimExecutor:
     """Runs one shell in simulated time. `answers` is the sampler's side: how long each request's output really is.
     `shared`: what it shares with others, which slow its steps down; with it, every step is an event of its own.
@@ -41,6 +45,7 @@ class SimExecutor:
     only when the last one is done; with plans in flight it runs meanwhile, and shows only where it takes longer.
 
     `deliver`: called at the end of a turn to take what the outbox holds; with `every_turn` also where that is nothing.
+    `retimed`: called when the step under way ends at another time than was thought.
     `accept`: how many tokens a verification yields, before a stop cuts it. `number`: the executor's own, by which ties
     in time are broken.
     """
@@ -59,6 +64,7 @@ class SimExecutor:
         host_ns: int = 0,
         accept: Callable[[Verify], int] = _nothing_right,
         every_turn: bool = False,
+        retimed: Callable[[], None] = _nobody_follows,
     ) -> None:
         self.shell = shell
         self._core = shell.core
@@ -77,6 +83,7 @@ class SimExecutor:
         self._host = host_ns
         self._accept = accept
         self._every_turn = every_turn
+        self._retimed = retimed
         self._priority = EventPriority(_BEFORE_ALL + number)
         self._inbox: list[Message] = []
         self._timer: Alarm | None = None
@@ -136,11 +143,13 @@ class SimExecutor:
             self._ends = [self._shared.extend(self, self._clock.now, ns)]
         self._end_for_report()
         self._wait_for(self._ends[-1])
+        self._retimed()
 
     def retime(self, end: int) -> None:
         """The step under way ends at another time, because others begin or cease to slow it down."""
         self._ends = [end]
         self._wait_for(end)
+        self._retimed()
 
     @property
     def step_ends(self) -> int | None:

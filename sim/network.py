@@ -173,17 +173,29 @@ class Network:
 
     def lift(self, flow: Flow) -> None:
         """The source of this flow has all of its bytes: it is as fast as its path lets it be from now on."""
-        now, more = self._clock.now, flow.most - flow.top
+        self._limit(flow, flow.most)
+
+    def pace(self, flow: Flow, behind: int, ns: int) -> None:
+        """The source of this flow has all but the last `behind` of its bytes in `ns` from now on, evenly, so it is no
+        faster than that.
+        """
+        left = flow.left - flow.rate * (self._clock.now - flow.since) - behind * BYTE
+        self._limit(flow, min(flow.most, max(1, -(-left // ns))))
+
+    def _limit(self, flow: Flow, top: int) -> None:
+        """Another rate that it has where nobody is in its way."""
+        now, more = self._clock.now, top - flow.top
         if not flow.links or flow.finish <= now or not more:
             return
         for link, times in flow.links:
             if link.asked + times * more > link.capacity:
                 self._clear(link, now)
-        flow.top = flow.most
+        flow.top = top
         changed = {flow: None}
         for link, times in flow.links:
+            short = link.asked > link.capacity
             link.asked += times * more
-            if link.asked > link.capacity:
+            if short or link.asked > link.capacity:
                 changed.update(dict.fromkeys(link.flows))
         self._share(changed)
 

@@ -1,5 +1,6 @@
 """KV cache that is sent while it is computed: what it gains on slow links, what it costs, and that nothing hangs."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.vocabulary import FailureReason, Outcome, to_ns
 from flowserve.core.config import EngineConfig
 from flowserve.core.transfer import KvLayout, KvTransfer
 from sim.cluster import SimCluster
+from sim.contention import Contention
 from sim.latency import Constant
 from sim.node import Delays, Failure
 from sim.topology import Wire
@@ -60,6 +62,67 @@ def test_a_step_is_followed_layer_by_layer() -> None:
     link = Wire(1e6)
     waits = {each: gap(serve(alone, each, link)) - to_ns(STEP_S) for each in ALL}
     assert waits == {"by_request": to_ns(0.064), "by_chunk": to_ns(0.064), "by_layer": to_ns(0.016)}
+
+
+def test_a_step_is_followed_to_its_new_end() -> None:
+    """Prompts take twice as long while the other prefill executor computes: the first one's step ends later than was
+    thought, the second one's sooner. The last of four layers of 16 ms is sent behind it, and the others before.
+    """
+    run = run_sim(
+        [make_arrival(n, at_s=0.05 * n, prompt=64, output=3) for n in range(2)],
+        groups=disaggregated(2, 2),
+        engine=EngineConfig(100, kv_transfer="by_layer"),
+        latency=lambda: Constant(STEP_S),
+        wire=Wire(1e6),
+        kv_bytes_per_token=BYTES_PER_TOKEN,
+        layers=LAYERS,
+        contention=Contention(0, 0, 0, 1.0),
+    )
+    assert [event.occurred for event in run.of(ev.FirstToken)] == [to_ns(0.15), to_ns(0.2)]
+    ends = [span.end_ns for span in run.cluster.transfers]
+    assert ends == pytest.approx([to_ns(0.166), to_ns(0.216)], abs=100)
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.sampled_from([0.01, 0.05]), st.integers(17, 200), st.integers(2, 5)), min_size=6, max_size=12
+    ),
+    executors=st.tuples(st.integers(1, 3), st.integers(2, 3)),
+    link=st.sampled_from([1e6, 1e8]),
+    layers=st.sampled_from([1, 2, 8]),
+    contention=st.tuples(*[st.sampled_from([0.3, 1.0])] * 4),
+    kv_host_s=st.sampled_from([0.0, 0.0, 0.001]),
+)
+@settings(max_examples=60)
+def test_nothing_is_sent_before_it_is_computed(
+    arrivals: list[tuple[float, int, int]],
+    executors: tuple[int, int],
+    link: float,
+    layers: int,
+    contention: tuple[float, float, float, float],
+    kv_host_s: float,
+) -> None:
+    """Wherever steps end that others slow down: the last layer arrives behind the first token."""
+    times = accumulate(wait for wait, _, _ in arrivals)
+    run = run_sim(
+        [
+            make_arrival(n, at_s, prompt, output)
+            for n, (at_s, (_, prompt, output)) in enumerate(zip(times, arrivals, strict=True))
+        ],
+        groups=disaggregated(*executors),
+        engine=EngineConfig(300, kv_transfer="by_layer"),
+        latency=lambda: Constant(0.05, 1e-4),
+        wire=Wire(link),
+        kv_bytes_per_token=BYTES_PER_TOKEN,
+        layers=layers,
+        contention=Contention(*contention),
+        kv_host_s=kv_host_s,
+    )
+    assert {row["outcome"] for row in run.rows.values()} == {Outcome.FINISHED}
+    first = {event.request_id: event.occurred for event in run.of(ev.FirstToken)}
+    sent = {span.task_id: span.end_ns for span in run.cluster.transfers}
+    for event in run.of(ev.TaskFinished):
+        assert sent.get(event.task_id, first[event.request_id]) >= first[event.request_id]
 
 
 def test_a_link_slower_than_the_step_begins_with_the_first_layer() -> None:

@@ -31,6 +31,14 @@ class Asked(NamedTuple):
     party: str
 
 
+class Pace(NamedTuple):
+    """A transfer's source has all but `behind` bytes of it in `ns` from `at` on."""
+
+    at: int
+    behind: int
+    ns: int
+
+
 class Net:
     """A network with numbered links and a log of what ended when: (number, ns, success)."""
 
@@ -40,13 +48,23 @@ class Net:
         self.links = [Link(f"link {number}", rate) for number, rate in enumerate(rates)]
         self.ended: list[tuple[int, int, bool]] = []
 
-    def start(self, number: int, asked: Asked, call_s: float = 1e-4, least: int = 0, lift: int | None = None) -> None:
-        """`least`: ns that it takes at least, until so many ns from now it is lifted."""
+    def start(
+        self,
+        number: int,
+        asked: Asked,
+        call_s: float = 1e-4,
+        least: int = 0,
+        lift: int | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        """`least`: ns that it takes at least, or what `pace` says from then on; `lift`: until so many ns from now."""
         path = Path([self.links[link] for link in asked.crosses], asked.latency_s, call_s)
         end = partial(self.end, number)
         flow = self.network.start(path, asked.num_bytes, asked.calls, end, (asked.party,), least)
         if lift is not None:
             self.at(lift, partial(self.network.lift, flow))
+        if pace is not None:
+            self.at(pace.at, partial(self.network.pace, flow, pace.behind, pace.ns))
 
     def end(self, number: int, success: bool) -> None:
         self.ended.append((number, self.clock.now, success))
@@ -98,20 +116,28 @@ def check_rates(net: Net) -> None:
 
 @given(
     load=loads(),
-    paces=st.lists(st.tuples(st.sampled_from([0, 0, 5 * MS, 300 * MS]), st.sampled_from([None, 0, 1, 90 * MS]))),
+    paces=st.lists(
+        st.tuples(
+            st.sampled_from([0, 0, 5 * MS, 300 * MS]),
+            st.sampled_from([None, 0, 1, 90 * MS]),
+            st.sampled_from(
+                [None, Pace(0, 0, 1), Pace(1, 0, 250 * MS), Pace(40 * MS, 500, 3 * MS), Pace(MS, 10**5, MS)]
+            ),
+        )
+    ),
 )
 @settings(max_examples=250)
 def test_rates_are_max_min_fair_at_every_moment(
-    load: tuple[list[float], list[Asked]], paces: list[tuple[int, int | None]]
+    load: tuple[list[float], list[Asked]], paces: list[tuple[int, int | None, Pace | None]]
 ) -> None:
     """Conservation, fairness and work conservation after every event; in the end all has arrived. Some come no faster
-    than their sources have the bytes, for a while or to the end.
+    than their sources have the bytes, for a while or to the end, and the sources may get faster or slower.
     """
     rates, asked = load
     net = Net(rates)
     for number, each in enumerate(asked):
-        least, lift = paces[number] if number < len(paces) else (0, None)
-        net.at(each.at, partial(net.start, number, each, least=least, lift=lift))
+        least, lift, pace = paces[number] if number < len(paces) else (0, None, None)
+        net.at(each.at, partial(net.start, number, each, least=least, lift=lift, pace=pace))
     while net.clock.next_ns is not None:
         now = net.clock.next_ns
         while net.clock.next_ns == now:
@@ -287,6 +313,20 @@ def test_a_flow_that_its_source_holds_back() -> None:
     net.start(0, Asked(0, [0], 4000, 0, 0.0, "p"), least=40 * MS, lift=30 * MS)
     run_out(net.clock)
     assert net.ended == [(0, 31 * MS, True)]
+
+
+@pytest.mark.parametrize(("ns", "lift"), [(10 * MS, 20 * MS), (90 * MS, 100 * MS)])
+def test_a_source_that_gets_faster_or_slower(ns: int, lift: int) -> None:
+    """Of 4 layers of a kB, one is sent in the first 10 ms of what was to be 30; two more while its source computes
+    them, in `ns`; and the last one behind that, in 1 ms.
+    """
+    net = Net([1e6])
+    net.start(0, Asked(0, [0], 4000, 0, 0.0, "p"), least=40 * MS, lift=lift, pace=Pace(10 * MS, 1000, ns))
+    net.clock.run_until(11 * MS)
+    [flow] = net.flows
+    assert flow.rate == pytest.approx(2000 * BYTE / ns)
+    run_out(net.clock)
+    assert net.ended == [(0, lift + MS, True)]
 
 
 def test_what_a_held_back_flow_leaves_is_others() -> None:
