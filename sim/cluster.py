@@ -493,28 +493,25 @@ class SimCluster(Cluster):
             return
         flow = self.network.start(path, num_bytes, pieces, on_end, parties, (end - now) * layers // max(1, layers - 1))
         self._following.setdefault(transfer.source, {})[flow] = (plan, num_bytes // layers)
-        self._lift(transfer.source, plan, flow)
+        self._at(end - now, partial(self._lift, transfer.source, plan, flow))
 
     def _lift(self, source: str, plan: int, flow: Flow) -> None:
-        """At the end of the step, wherever that has moved meanwhile."""
-        if flow not in self._following.get(source, ()):
-            return
-        engine, now = self.executors.get(source), self.now()
+        """At the end of the step, unless that has moved meanwhile."""
+        engine = self.executors.get(source)
         step = None if engine is None else engine.step_of(plan)
-        if step is None or step[1] <= now:
+        if flow in self._following[source] and (step is None or step[1] <= self.now()):
             del self._following[source][flow]
             self.network.lift(flow)
-        else:
-            self._at(step[1] - now, partial(self._lift, source, plan, flow))
 
     def _retimed(self, source: str) -> None:
         """Its step ends sooner or later than was thought, and with it what follows it layer by layer."""
-        engine, now = self.executors.get(source), self.now()
         for flow, (plan, behind) in list(self._following.get(source, {}).items()):
-            step = None if engine is None else engine.step_of(plan)
-            if step is not None and step[1] > now:
-                self.network.pace(flow, behind, step[1] - now)
-                self._at(step[1] - now, partial(self._lift, source, plan, flow))
+            step = self.executors[source].step_of(plan)
+            if step is not None:
+                left = step[1] - self.now()
+                if left:
+                    self.network.pace(flow, behind, left)
+                self._at(left, partial(self._lift, source, plan, flow))
 
     def _fetched(self, name: str, transfer: Transfer, asked: int, num_bytes: int, pieces: int, success: bool) -> None:
         """A source that died in the middle took the rest of the KV cache with it."""
